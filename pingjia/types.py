@@ -1,0 +1,229 @@
+"""Plain data that crosses rooms, and the two protocols that let rooms meet without importing each other.
+
+No behaviour beyond checking itself; nothing here knows torch, sockets or files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from pingjia.errors import RequestError
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation. `role` is one of ROLES."""
+
+    role: str
+    content: str
+
+
+Prompt = str | Sequence[Message]
+"""What a model is asked: raw text to continue, or a conversation that goes through the chat template."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of user data: a conversation whose last message is the answer to learn.
+
+    `where` is "file:line" of the row, so that every later complaint can name it.
+    `facts` are strings a right answer must contain; `topic` links rows about the same thing.
+    """
+
+    messages: tuple[Message, ...]
+    where: str = ""
+    domain: str | None = None
+    lang: str | None = None
+    topic: str | None = None
+    source: str | None = None
+    reference: str | None = None
+    facts: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        return self.messages[:-1]
+
+    @property
+    def response(self) -> str:
+        return self.messages[-1].content
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example as token ids. `learn[i]` says whether token i is a target of the loss (the answer and its end)."""
+
+    ids: tuple[int, ...]
+    learn: tuple[bool, ...]
+    where: str = ""
+
+    @property
+    def num_learnt(self) -> int:
+        return sum(self.learn)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen and when to stop. temperature 0 is greedy.
+
+    With a `seed` the answer is a function of prompt, model and these fields alone, whatever else is in the batch.
+    Raises RequestError naming the field when a value is out of range.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # number of alternatives to report per token; None: no logprobs
+
+    def __post_init__(self) -> None:
+        for field, low, high in _RANGES:
+            value = getattr(self, field)
+            if not low <= value <= high:  # also refuses NaN
+                raise RequestError(f"{field} must be between {low} and {high}, not {value}", param=field)
+        if len(self.stop) > 16:
+            raise RequestError(f"stop takes at most 16 strings, not {len(self.stop)}", param="stop")
+        if "" in self.stop:
+            raise RequestError("stop must not hold an empty string: it would end every answer at once", param="stop")
+        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
+            raise RequestError(f"logprobs must be between 0 and 20, not {self.logprobs}", param="logprobs")
+
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("max_tokens", 1, 1_000_000),
+    ("temperature", 0.0, 2.0),
+    ("top_p", 1e-9, 1.0),
+    ("top_k", 0, 1_000_000),
+    ("min_p", 0.0, 1.0),
+    ("repetition_penalty", 0.01, 10.0),
+    ("frequency_penalty", -2.0, 2.0),
+    ("presence_penalty", -2.0, 2.0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt on its way to an engine, already rendered to token ids. `adapter` None means the base model."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one answer. `cached_tokens` of the prompt were not computed again."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """log p of a chosen token and of the best alternatives, natural logarithm, after temperature 1 (the model's own)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a streamed answer. `text` never holds half a character. The last one, and only it, has `finish_reason`."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What `/v1/models` says of a served name. `parent` is the base an adapter stands on."""
+
+    id: str
+    root: str
+    parent: str | None = None
+    max_model_len: int = 0
+    created: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of an engine, for `/metrics` and readiness. Counters only grow."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_tokens_used: int = 0
+    kv_tokens_total: int = 0
+    prompt_tokens_total: int = 0
+    cached_tokens_total: int = 0
+    generation_tokens_total: int = 0
+    tokens_after_disconnect_total: int = 0
+    num_steps: int = 0
+    compute_s_total: float = 0.0
+    seconds_since_step: float = 0.0
+
+
+class Generator(Protocol):
+    """Anything that answers prompts: an engine, an adapter on it, an HTTP endpoint."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        on_done: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
+        """Answer every prompt, in order. `on_done(index, completion)` is called as each one ends."""
+        ...
+
+
+class Backend(Protocol):
+    """What a gateway needs of the place that computes: a worker in this process, behind a queue, or upstream."""
+
+    def models(self) -> list[ModelCard]: ...
+
+    def stream(self, request: Request) -> AsyncIterator[Chunk]:
+        """Yield chunks; the last has `finish_reason`. Closing the iterator cancels the request within one step."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    def is_ready(self) -> bool:
+        """True when a token could come out now: started, not frozen, not draining."""
+        ...
+
+
+def as_dict(value: Any) -> dict[str, Any]:
+    """A dataclass as a JSON-ready dict without its empty fields."""
+    return {k: v for k, v in dataclasses.asdict(value).items() if v not in (None, (), "")}
