@@ -1,0 +1,27 @@
+"""Networks and their weights. The public names load torch on first use; `pingjia.models.settings` never does."""
+
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["Family", "family_of", "load_model", "max_model_len", "use_packed_attention"]
+
+if TYPE_CHECKING:
+    from pingjia.models.attention import use_packed_attention
+    from pingjia.models.family import Family
+    from pingjia.models.loader import load_model, max_model_len
+    from pingjia.models.registry import family_of
+
+_HOMES = {
+    "Family": "family",
+    "family_of": "registry",
+    "load_model": "loader",
+    "max_model_len": "loader",
+    "use_packed_attention": "attention",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pingjia.models' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"pingjia.models.{_HOMES[name]}"), name)
