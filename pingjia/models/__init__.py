@@ -2,16 +2,18 @@
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Family", "family_of", "load_model", "max_model_len", "use_packed_attention"]
+__all__ = ["Family", "base_fingerprint", "family_of", "load_model", "max_model_len", "use_packed_attention"]
 
 if TYPE_CHECKING:
     from pingjia.models.attention import use_packed_attention
     from pingjia.models.family import Family
+    from pingjia.models.fingerprint import base_fingerprint
     from pingjia.models.loader import load_model, max_model_len
     from pingjia.models.registry import family_of
 
 _HOMES = {
     "Family": "family",
+    "base_fingerprint": "fingerprint",
     "family_of": "registry",
     "load_model": "loader",
     "max_model_len": "loader",

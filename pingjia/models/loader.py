@@ -5,10 +5,11 @@ Does not know tokenizers (chat/) or adapters' training (tune/).
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,9 @@ def max_model_len(config: Any) -> int:
 
 def _load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+        # The GGUF reader of transformers draws its own bar on stderr and offers no switch.
+        with contextlib.redirect_stderr(io.StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
     except (ValueError, OSError, RuntimeError, KeyError, IndexError) as e:
         raise ModelError(f"{file}: cannot be loaded as GGUF: {_first_line(e)}") from None
     family_of_type(model.config.model_type)
@@ -115,7 +118,7 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """transformers prints bars and weight reports to the terminal; ours say what matters."""
     before, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

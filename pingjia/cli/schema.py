@@ -1,0 +1,49 @@
+"""The whole recipe: every room's section in one model. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from pingjia import recipe
+from pingjia.cost.settings import CostSettings
+from pingjia.data.settings import DataSettings
+from pingjia.engine.settings import EngineSettings
+from pingjia.evaluate.settings import EvalSettings
+from pingjia.gateway.settings import GatewaySettings
+from pingjia.models.settings import ModelSettings
+from pingjia.recipe import Section
+from pingjia.tune.settings import TuneSettings
+
+FLAT = ("model", "data", "tune")
+
+
+class AskSettings(Section):
+    """What `pingjia run` asks the served model at the end."""
+
+    questions: list[str] = Field(default_factory=list)
+    max_tokens: int = Field(96, ge=1)
+
+
+class Recipe(Section):
+    """One YAML file. Sections `model`, `data` and `tune` have their keys at the top level."""
+
+    model: ModelSettings
+    data: DataSettings
+    tune: TuneSettings
+    eval: EvalSettings | None = None
+    serve: GatewaySettings = Field(default_factory=GatewaySettings)
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    cost: CostSettings = Field(default_factory=CostSettings)
+    ask: AskSettings = Field(default_factory=AskSettings)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    return recipe.load(path, overrides, Recipe, flat=FLAT)
+
+
+def ledger_path(settings: Recipe) -> Path:
+    """Everything a recipe's runs spend is written beside what they produce."""
+    return Path(settings.tune.output_dir) / "ledger.jsonl"

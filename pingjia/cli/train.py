@@ -1,0 +1,117 @@
+"""`pingjia train RECIPE`: tune an adapter."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pingjia.cli.console import console, duration, megabytes, progress_bar
+from pingjia.cli.schema import Recipe, ledger_path, load_recipe
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from pingjia.tune import Hooks, TrainPlan, TrainResult
+    from pingjia.tune.loop import StepLog
+
+RecipePath = Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.", metavar="RECIPE")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as in the recipe.", metavar="[KEY=VALUE]...")]
+
+
+def train(recipe: RecipePath, overrides: Overrides = None) -> int:
+    """Tune an adapter as a recipe says. The same command again goes on where it stopped."""
+    result = train_recipe(load_recipe(recipe, overrides or []))
+    return 0 if result.finished else 130
+
+
+def train_recipe(recipe: Recipe) -> TrainResult:
+    """Train with a progress bar; Ctrl-C saves a checkpoint after the running update and stops."""
+    from pingjia.ledger import Ledger
+    from pingjia.tune import train as train_adapter
+
+    with progress_bar() as progress, _stop_on_signal() as should_stop:
+        result = train_adapter(
+            recipe.model,
+            recipe.data,
+            recipe.tune,
+            ledger=Ledger(ledger_path(recipe)),
+            run_name=Path(recipe.tune.output_dir).name,
+            hooks=_hooks(progress, should_stop),
+        )
+    _print_result(result)
+    return result
+
+
+def _hooks(progress: Progress, should_stop: Callable[[], bool]) -> Hooks:
+    from pingjia.tune import Hooks
+
+    task = progress.add_task("loading", total=None, note="")
+
+    def on_plan(plan: TrainPlan) -> None:
+        _print_plan(plan)
+        progress.reset(task, description="training", total=plan.num_steps, note="")
+
+    def on_step(log: StepLog) -> None:
+        rate = f"{log.num_tokens / log.seconds:.0f} tok/s, {log.num_learnt / log.seconds:.0f} learnt/s"
+        progress.update(task, completed=log.step, note=f"loss {log.loss:.3f}  {rate}")
+        if log.eval_loss is not None:
+            console.print(f"  epoch {log.epoch:g}: loss {log.loss:.3f}, held-out loss {log.eval_loss:.3f}")
+
+    return Hooks(on_plan=on_plan, on_step=on_step, should_stop=should_stop)
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """The first SIGINT or SIGTERM asks the run to stop after its update; a second one is not held back."""
+    stopping = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal stopping
+        stopping = True
+        console.print("stopping after this update (again to stop at once)")
+        for n in before:
+            signal.signal(n, before[n])
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    for n in before:
+        signal.signal(n, ask)
+    try:
+        yield lambda: stopping
+    finally:
+        for n in before:
+            signal.signal(n, before[n])
+
+
+def _print_plan(plan: TrainPlan) -> None:
+    share = 100 * plan.num_trainable / plan.num_parameters
+    console.print(
+        f"  adapter on {len(plan.targets.modules)} linears ({', '.join(plan.targets.names)}): "
+        f"{plan.num_trainable:,} trainable of {plan.num_parameters:,} parameters ({share:.2f} %)"
+    )
+    console.print(
+        f"  {plan.num_rows} rows, {plan.num_tokens:,} tokens of which {plan.num_learnt:,} are learnt; "
+        f"longest row {plan.longest} tokens; {plan.num_steps} updates"
+    )
+    for problem in plan.dropped:
+        console.print(f"  dropped: {problem}", markup=False)
+    if plan.resume_from is not None:
+        console.print(f"  going on from {plan.resume_from}")
+
+
+def _print_result(result: TrainResult) -> None:
+    if result.was_finished:
+        console.print(f"  {result.output_dir} is already trained from these very inputs; nothing to do")
+    elif not result.finished:
+        console.print(f"  stopped after update {result.num_steps}; the same command goes on from there")
+        return
+    held_out = f", held-out loss {result.eval_loss:.3f}" if result.eval_loss is not None else ""
+    console.print(
+        f"  loss {result.last_loss:.3f}{held_out}; {result.num_steps} updates in {duration(result.seconds)}, "
+        f"{result.trained_tokens / result.seconds:.0f} tok/s; peak memory {megabytes(result.peak_bytes)}; "
+        f"adapter {megabytes(result.adapter_bytes)} in {result.output_dir}"
+    )

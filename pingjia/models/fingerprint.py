@@ -1,0 +1,21 @@
+"""A short name for "these very base weights", so that an adapter is not put on another base by mistake."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def base_fingerprint(model: torch.nn.Module) -> str:
+    """sha256 over the names and values of all one-dimensional parameters (norms and biases).
+
+    They differ between any two trainings of one architecture, are never quantised, and are few enough to hash in
+    milliseconds. Values are rounded to bfloat16 first, so the number format a base was loaded in does not matter.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.ndim == 1 and parameter.is_floating_point():
+            digest.update(f"{name}:{tuple(parameter.shape)}".encode())
+            digest.update(parameter.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,16 @@
+"""Training. The public names load torch on first use; `pingjia.tune.settings` never does."""
+
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["Hooks", "TrainPlan", "TrainResult", "train"]
+
+if TYPE_CHECKING:
+    from pingjia.tune.run import Hooks, TrainPlan, TrainResult, train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'pingjia.tune' has no attribute {name!r}")
+    from pingjia.tune import run
+
+    return getattr(run, name)

@@ -1,0 +1,61 @@
+"""Which rows make up which update. Pure: order is a function of (seed, epoch), so a resumed run finds its place.
+
+Knows row numbers only; `step.py` turns rows into tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """`rows_per_update` rows for every update, in micro-batches of `rows_per_micro`; the last of an epoch may be short."""
+
+    num_rows: int
+    rows_per_micro: int
+    micros_per_update: int
+    num_steps: int
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        num_rows: int,
+        *,
+        rows_per_micro: int,
+        micros_per_update: int,
+        num_epochs: float,
+        max_steps: int | None,
+        seed: int,
+    ) -> BatchPlan:
+        per_epoch = math.ceil(num_rows / (rows_per_micro * micros_per_update))
+        num_steps = max_steps or max(1, math.ceil(per_epoch * num_epochs))
+        return cls(num_rows, rows_per_micro, micros_per_update, num_steps, seed)
+
+    @property
+    def rows_per_update(self) -> int:
+        return self.rows_per_micro * self.micros_per_update
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return math.ceil(self.num_rows / self.rows_per_update)
+
+    def order(self, epoch: int) -> list[int]:
+        """The rows of one epoch, shuffled. Every row once."""
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_rows).tolist()
+
+    def updates(self, start: int = 0) -> Iterator[tuple[int, list[list[int]]]]:
+        """Yield (step, micro-batches of row numbers) for steps start..num_steps-1."""
+        epoch, order = -1, []
+        for step in range(start, self.num_steps):
+            if step // self.updates_per_epoch != epoch:
+                epoch = step // self.updates_per_epoch
+                order = self.order(epoch)
+            first = step % self.updates_per_epoch * self.rows_per_update
+            rows = order[first : first + self.rows_per_update]
+            yield step, [rows[i : i + self.rows_per_micro] for i in range(0, len(rows), self.rows_per_micro)]

@@ -1,0 +1,177 @@
+"""What a run leaves on disk: checkpoints to go on from, and the finished adapter. Every write is all or nothing.
+
+checkpoint-000050/ holds an adapter in PEFT's format plus `trainer_state.pt` (optimizer, random state, step; read with
+weights_only). A checkpoint appears under its name only when it is whole, so a kill -9 leaves none half-written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+from pingjia.errors import StorageError, TrainingError
+from pingjia.tune.guards import require_nonzero_adapter
+
+ADAPTER_FILE = "adapter_model.safetensors"
+STATE_FILE = "trainer_state.pt"
+_NAME = re.compile(r"checkpoint-(\d{6,})$")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A whole checkpoint on disk; `step` updates had been made when it was written."""
+
+    path: Path
+    step: int
+
+
+def checkpoints(output_dir: Path) -> list[Checkpoint]:
+    """Whole checkpoints, oldest first."""
+    found = []
+    for path in output_dir.glob("checkpoint-*"):
+        match = _NAME.search(path.name)
+        if match and (path / STATE_FILE).is_file():
+            found.append(Checkpoint(path, int(match[1])))
+    return sorted(found, key=lambda c: c.step)
+
+
+def save_checkpoint(
+    output_dir: Path, step: int, model: PeftModel, optimizer: torch.optim.Optimizer, *, fingerprint: str, keep: int
+) -> Checkpoint:
+    """Write checkpoint-<step>, then delete all but the newest `keep`. StorageError leaves the earlier ones as they are."""
+    target = output_dir / f"checkpoint-{step:06d}"
+    state = {"step": step, "fingerprint": fingerprint, "optimizer": optimizer.state_dict(), "rng": _rng_state()}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with new_directory(target) as folder:
+        write_adapter(folder, model)
+        write_bytes(folder / STATE_FILE, buffer.getvalue())
+    for old in checkpoints(output_dir)[:-keep]:
+        shutil.rmtree(old.path)
+    return Checkpoint(target, step)
+
+
+def load_checkpoint(
+    checkpoint: Path, model: PeftModel, optimizer: torch.optim.Optimizer, *, fingerprint: str
+) -> int:
+    """Restore adapter, optimizer and random state; return the number of updates made.
+
+    Raises TrainingError when the checkpoint is of a run with other data, base or settings.
+    """
+    try:
+        state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+        tensors = safetensors.torch.load_file(checkpoint / ADAPTER_FILE)
+    except FileNotFoundError as e:
+        raise TrainingError(f"{checkpoint}: not a checkpoint: {Path(str(e.filename or '')).name} is missing") from None
+    except Exception as e:  # pickle, zip and safetensors each have their own error types
+        raise TrainingError(f"{checkpoint}: damaged: {str(e).splitlines()[0]}; delete it to go on from the one before") from None
+    if state["fingerprint"] != fingerprint:
+        raise TrainingError(
+            f"{checkpoint} belongs to a run with other data, base model or settings, so going on would mix two runs; "
+            "choose another output_dir, or resume_from_checkpoint=false to start over here"
+        )
+    result = set_peft_model_state_dict(model, tensors)
+    if result.unexpected_keys:
+        raise TrainingError(f"{checkpoint}: adapter tensors of another shape of run, for example {result.unexpected_keys[0]}")
+    optimizer.load_state_dict(state["optimizer"])
+    _restore_rng(state["rng"])
+    return int(state["step"])
+
+
+def save_adapter(output_dir: Path, model: PeftModel, about: Mapping[str, Any]) -> int:
+    """Put the finished adapter and its pingjia.json into output_dir; return the bytes written.
+
+    The files are first written whole beside their final names; pingjia.json, which marks the adapter as finished,
+    is moved last.
+    """
+    with new_directory(output_dir / ".adapter") as folder:
+        write_adapter(folder, model)
+        text = json.dumps(about, ensure_ascii=False, indent=2) + "\n"
+        write_bytes(folder / "pingjia.json", text.encode())
+    folder = output_dir / ".adapter"
+    names = sorted((p.name for p in folder.iterdir()), key=lambda name: name == "pingjia.json")
+    size = sum((folder / name).stat().st_size for name in names)
+    for name in names:
+        os.replace(folder / name, output_dir / name)
+    folder.rmdir()
+    return size
+
+
+def write_adapter(folder: Path, model: PeftModel) -> None:
+    """adapter_config.json and adapter_model.safetensors as PEFT reads them. Refuses an adapter that changes nothing."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(model).items()}
+    require_nonzero_adapter(tensors)
+    model.peft_config[model.active_adapter].save_pretrained(folder)
+    write_bytes(folder / ADAPTER_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory that gets the name `target` only when the block ends well; on any error nothing is left of it."""
+    temporary = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in temporary.iterdir():
+            _sync(path)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        _sync(target.parent)
+    except OSError as e:
+        raise StorageError(_disk_message(target, e)) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _disk_message(target: Path, error: OSError) -> str:
+    reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
+    before = checkpoints(target.parent)
+    last = f"the last good one is {before[-1].path}" if before else "no earlier one exists"
+    return f"{target} could not be saved: {reason}. {last[0].upper()}{last[1:]}; make room and run the same command to go on"
+
+
+def _rng_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def run_fingerprint(parts: Mapping[str, Any]) -> str:
+    """sha256 of everything that decides the weights; two runs with the same one may share a checkpoint."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()

@@ -1,0 +1,259 @@
+"""The whole training job: check data, load, adapt, train, save, account. What `pingjia train` and the studio call."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pingjia
+from pingjia import chat, data
+from pingjia.data.settings import DataSettings
+from pingjia.errors import DataError, TrainingError
+from pingjia.ledger import Fact, Ledger
+from pingjia.meter import Meter
+from pingjia.models import base_fingerprint, family_of, load_model, max_model_len, use_packed_attention
+from pingjia.models.device import pick_device
+from pingjia.models.settings import ModelSettings
+from pingjia.tune.checkpoint import checkpoints, run_fingerprint, save_adapter
+from pingjia.tune.lora import Targets, add_adapter, count_parameters, resolve_targets
+from pingjia.tune.loop import Run, StepLog, plan_batches, run_training
+from pingjia.tune.plot import plot_loss
+from pingjia.tune.settings import TuneSettings
+from pingjia.types import Encoded
+
+ABOUT_FILE = "pingjia.json"
+_NOT_WEIGHTS = {"output_dir", "save_steps", "save_total_limit", "resume_from_checkpoint"}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPlan:
+    """What is about to be trained; handed to `on_plan` before the first update."""
+
+    targets: Targets
+    num_trainable: int
+    num_parameters: int
+    num_rows: int
+    num_tokens: int
+    num_learnt: int
+    num_steps: int
+    longest: int
+    resume_from: Path | None
+    dropped: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run came to. `seconds` are those of all its updates, over every call that worked on it."""
+
+    output_dir: Path
+    finished: bool
+    was_finished: bool  # an earlier call had done it all
+    adapter_bytes: int
+    num_steps: int
+    last_loss: float
+    eval_loss: float | None
+    seconds: float
+    trained_tokens: int
+    learnt_tokens: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """How a surface (terminal, page) follows a run. `should_stop` is asked after every update."""
+
+    on_plan: Callable[[TrainPlan], None] = lambda plan: None
+    on_step: Callable[[StepLog], None] = lambda log: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+def train(
+    model_settings: ModelSettings,
+    data_settings: DataSettings,
+    settings: TuneSettings,
+    *,
+    ledger: Ledger | None = None,
+    run_name: str = "",
+    hooks: Hooks = Hooks(),  # noqa: B008  frozen
+) -> TrainResult:
+    """Train an adapter into `settings.output_dir`; goes on where an interrupted run with equal inputs stopped.
+
+    Raises DataError (nothing to learn), ModelError, TrainingError (it would train nothing, or diverged), StorageError.
+    """
+    output_dir = Path(settings.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with _only_run_in(output_dir), Meter() as meter:
+        tokenizer = chat.load_tokenizer(model_settings.model_name_or_path)
+        device = pick_device(model_settings.device)
+        model = load_model(model_settings.model_name_or_path, dtype=model_settings.dtype, device=device)
+        cutoff_len = min(data_settings.cutoff_len, max_model_len(model.config))
+        rows, dropped = _encode(data_settings.dataset, data_settings, tokenizer, cutoff_len)
+        eval_rows = _encode(data_settings.eval_dataset, data_settings, tokenizer, cutoff_len)[0] if data_settings.eval_dataset else []
+        family, base = family_of(model), base_fingerprint(model)
+        recipe = _recipe(model_settings, data_settings, settings)
+        fingerprint = run_fingerprint(
+            {"rows": rows, "base": base, "tune": settings.model_dump(exclude=_NOT_WEIGHTS), "template": tokenizer.template_digest}
+        )
+        finished = _finished(output_dir, fingerprint, settings)
+        if finished is not None:
+            return finished
+        resume_from = _resume_from(output_dir, settings)
+        targets = resolve_targets(model, family, settings)
+        adapted = add_adapter(model, targets, settings)
+        use_packed_attention(model)
+        if settings.gradient_checkpointing:
+            adapted.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        run = Run(adapted, family, rows, eval_rows, settings, fingerprint, output_dir, resume_from, hooks.on_step, hooks.should_stop)  # fmt: skip
+        account = _Account(run, meter, ledger, run_name)
+        run.on_saved = account.note
+        hooks.on_plan(_plan(run, targets, dropped))
+        completed = run_training(run)
+        size = 0
+        if completed:
+            about = {
+                "format": 1,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "pingjia_version": pingjia.__version__,
+                "base": {"name": model_settings.model_name_or_path, "fingerprint": base, "family": family.name},
+                "chat": {"template_digest": tokenizer.template_digest, "golden": chat.golden_chats(tokenizer)},
+                "data": {"files": [*data_settings.dataset], "fingerprint": data.fingerprint(data_settings.dataset), "num_rows": len(rows)},
+                "recipe": recipe,
+                "run_fingerprint": fingerprint,
+                "metrics": _metrics(run),
+            }  # fmt: skip
+            size = save_adapter(output_dir, adapted, about)
+        plot_loss(run.logs, output_dir / "training_loss.png")
+        account.note(size)
+        return TrainResult(output_dir, completed, False, size, **_metrics(run))
+
+
+def _encode(files: list[str], settings: DataSettings, tokenizer: Any, cutoff_len: int) -> tuple[list[Encoded], list[str]]:
+    """Rows as token ids. An unreadable row stops the run; a row over cutoff_len is dropped, by name, never cut."""
+    problems: list[str] = []
+    examples = list(
+        data.read_examples(
+            files, domains=settings.domains, max_samples=settings.max_samples, on_problem=lambda p: problems.append(str(p))
+        )
+    )
+    if problems:
+        more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise DataError(
+            "\n".join(problems[:10]) + more + f"\n{len(problems)} rows cannot be trained on; correct them, or let "
+            "`pingjia data prepare` write a clean file and rejected.jsonl"
+        )
+    rows, too_long = data.encode_examples(examples, tokenizer, cutoff_len)
+    return rows, [str(problem) for problem in too_long]
+
+
+def _recipe(*sections: Any) -> dict[str, Any]:
+    return {key: value for section in sections for key, value in section.model_dump(mode="json").items()}
+
+
+@contextmanager
+def _only_run_in(output_dir: Path) -> Iterator[None]:
+    """Two runs in one directory would overwrite each other's checkpoints."""
+    with open(output_dir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise TrainingError(f"another run is writing to {output_dir}; wait for it or choose another output_dir") from None
+        yield
+
+
+def _finished(output_dir: Path, fingerprint: str, settings: TuneSettings) -> TrainResult | None:
+    about = read_about(output_dir)
+    if about is None or settings.resume_from_checkpoint is False:
+        return None
+    if about.get("run_fingerprint") != fingerprint:
+        raise TrainingError(
+            f"{output_dir} holds a finished adapter of a run with other data, base model or settings; choose another "
+            "output_dir, or resume_from_checkpoint=false to replace it"
+        )
+    return TrainResult(output_dir, True, True, _adapter_bytes(output_dir), **about["metrics"])
+
+
+def read_about(output_dir: Path) -> Mapping[str, Any] | None:
+    """pingjia.json of a finished adapter, or None."""
+    try:
+        about: Mapping[str, Any] = json.loads((output_dir / ABOUT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return about
+
+
+def _adapter_bytes(output_dir: Path) -> int:
+    return sum((output_dir / name).stat().st_size for name in ("adapter_config.json", "adapter_model.safetensors", ABOUT_FILE))
+
+
+class _Account:
+    """Writes to the ledger what was spent since the last entry, at every checkpoint: a killed run is billed too."""
+
+    def __init__(self, run: Run, meter: Meter, ledger: Ledger | None, run_name: str) -> None:
+        self._run, self._meter, self._ledger, self._name = run, meter, ledger, run_name
+        self._billed_s = 0.0
+        self._billed_step: int | None = None
+
+    def note(self, stored_bytes: int = 0) -> None:
+        if self._ledger is None:
+            return
+        seconds, logs = self._meter.seconds, self._run.logs
+        first = self._billed_step if self._billed_step is not None else self._run.start
+        new = [log for log in logs if log.step > first]
+        self._ledger.append(
+            Fact(
+                kind="train",
+                run=self._name,
+                seconds=round(seconds - self._billed_s, 3),
+                trained_tokens=sum(log.num_tokens for log in new),
+                learnt_tokens=sum(log.num_learnt for log in new),
+                peak_bytes=self._run.peak_bytes,
+                stored_bytes=stored_bytes,
+                note={"output_dir": str(self._run.output_dir), "step": logs[-1].step if logs else 0},
+            )
+        )
+        self._billed_s, self._billed_step = seconds, logs[-1].step if logs else first
+
+
+def _resume_from(output_dir: Path, settings: TuneSettings) -> Path | None:
+    """The checkpoint to go on from, or None to start at the first update."""
+    if isinstance(settings.resume_from_checkpoint, str):
+        return Path(settings.resume_from_checkpoint)
+    found = checkpoints(output_dir)
+    return found[-1].path if found and settings.resume_from_checkpoint else None
+
+
+def _plan(run: Run, targets: Targets, dropped: list[str]) -> TrainPlan:
+    trainable, total = count_parameters(run.model)
+    return TrainPlan(
+        targets=targets,
+        num_trainable=trainable,
+        num_parameters=total,
+        num_rows=len(run.rows),
+        num_tokens=sum(len(row.ids) for row in run.rows),
+        num_learnt=sum(row.num_learnt for row in run.rows),
+        num_steps=plan_batches(len(run.rows), run.settings).num_steps,
+        longest=max(len(row.ids) for row in run.rows),
+        resume_from=run.resume_from,
+        dropped=tuple(dropped),
+    )
+
+
+def _metrics(run: Run) -> dict[str, Any]:
+    last = run.logs[-1]
+    evals = [log.eval_loss for log in run.logs if log.eval_loss is not None]
+    return {
+        "num_steps": last.step,
+        "last_loss": last.loss,
+        "eval_loss": evals[-1] if evals else None,
+        "seconds": round(sum(log.seconds for log in run.logs), 3),
+        "trained_tokens": sum(log.num_tokens for log in run.logs),
+        "learnt_tokens": sum(log.num_learnt for log in run.logs),
+        "peak_bytes": run.peak_bytes,
+    }

@@ -1,0 +1,132 @@
+"""The arithmetic of one update: rows -> tensors -> loss -> gradients -> new weights. Nothing about order or files.
+
+Shapes: T tokens of all rows of a micro-batch end to end, K learnt tokens among them, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from pingjia.errors import TrainingError
+from pingjia.models.attention import PackedSequences
+from pingjia.models.family import Family
+from pingjia.types import Encoded
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Rows laid end to end. `keep_K` are the positions whose next token is learnt, `target_K` those tokens."""
+
+    input_ids_1T: torch.Tensor
+    position_ids: torch.Tensor  # [1, T], or [1, 2, T] for two-dimensional positions
+    packed: PackedSequences
+    keep_K: torch.Tensor
+    target_K: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids_1T.shape[1]
+
+    @property
+    def num_learnt(self) -> int:
+        return self.target_K.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    num_learnt: int
+    seconds: float
+
+
+def build_batch(rows: Sequence[Encoded], family: Family, config: object, device: torch.device) -> MicroBatch:
+    """Lay rows end to end; no padding, and no row sees another."""
+    ids, positions, prefix_lens, keep, target = [], [], [], [], []
+    for row in rows:
+        start = len(ids)
+        positions.append(family.positions(config, row.ids, 0, len(row.ids)))
+        prefix_lens.append(family.prefix_len(config, row.ids))
+        learnt = [i for i in range(1, len(row.ids)) if row.learn[i]]
+        keep.extend(start + i - 1 for i in learnt)
+        target.extend(row.ids[i] for i in learnt)
+        ids.extend(row.ids)
+    return MicroBatch(
+        input_ids_1T=torch.tensor([ids], device=device),
+        position_ids=torch.cat(positions, dim=-1).unsqueeze(0).to(device),
+        packed=PackedSequences.of([len(row.ids) for row in rows], prefix_lens),
+        keep_K=torch.tensor(keep, device=device),
+        target_K=torch.tensor(target, device=device),
+    )
+
+
+def summed_loss(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """Sum of the cross-entropy (nats) over the learnt tokens; logits exist only where something is learnt."""
+    logits_1KV = model(
+        input_ids=batch.input_ids_1T,
+        position_ids=batch.position_ids,
+        packed=batch.packed,
+        logits_to_keep=batch.keep_K,
+        use_cache=False,
+    ).logits
+    return F.cross_entropy(logits_1KV[0].float(), batch.target_K, reduction="sum")
+
+
+def update(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[MicroBatch],
+    *,
+    learning_rate: float,
+    max_grad_norm: float,
+) -> StepResult:
+    """One optimizer update over the micro-batches; the loss is the mean over ALL their learnt tokens.
+
+    (Averaging per-micro-batch means instead would weigh a short answer's tokens more than a long one's.)
+    Raises TrainingError when loss or gradient is not a finite number; the weights are then untouched.
+    """
+    started = time.perf_counter()
+    num_learnt = sum(batch.num_learnt for batch in batches)
+    total = 0.0
+    optimizer.zero_grad()
+    for batch in batches:
+        loss = summed_loss(model, batch)
+        accelerator.backward(loss / num_learnt)
+        total += loss.detach().item()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = float(accelerator.clip_grad_norm_(parameters, max_grad_norm))
+    _require_finite(total / num_learnt, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    seconds = time.perf_counter() - started
+    return StepResult(total / num_learnt, norm, sum(b.num_tokens for b in batches), num_learnt, seconds)
+
+
+def _require_finite(loss: float, grad_norm: float) -> None:
+    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not torch.isfinite(torch.tensor(value)):
+            raise TrainingError(
+                f"{name} is {value}: training has diverged. Lower learning_rate (try a tenth), or use dtype=float32 "
+                "if half precision overflowed; the last checkpoint is still good"
+            )
+
+
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, batches: Sequence[MicroBatch]) -> float:
+    """Mean cross-entropy (nats per learnt token) without dropout; the training mode is put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        total = sum(summed_loss(model, batch).item() for batch in batches)
+    finally:
+        model.train(was_training)
+    return total / sum(batch.num_learnt for batch in batches)
