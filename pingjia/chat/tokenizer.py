@@ -40,8 +40,11 @@ class Tokenizer(Protocol):
     pad_id: int
     stop_ids: frozenset[int]
     """Ids that end an answer."""
-    template_digest: str
-    """sha256 hex of what decides the rendering. Equal digests render equally; unequal ones may (see `golden.py`)."""
+
+    @property
+    def template_digest(self) -> str:
+        """sha256 hex of what decides the rendering. Equal digests render equally; unequal ones may (see `golden.py`)."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Ids of raw text, nothing added."""
@@ -105,9 +108,9 @@ def check_text(text: str, field: str, param: str = "messages") -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as e:
+        half = f"U+{ord(text[e.start]):04X}"
         raise RequestError(
-            f"{field}: character {e.start} is half of a surrogate pair (U+{ord(text[e.start]):04X}); send valid Unicode",
-            param=param,
+            f"{field}: character {e.start} is half of a surrogate pair ({half}); send valid Unicode", param=param
         ) from None
 
 
@@ -128,8 +131,9 @@ def learn_answers(
     """Join a prompt and what follows it; decide what is learnt. The one place that does, for every family.
 
     `answers[k]` are the ids of answer k, its end token, and everything up to where the next answer begins. Of each,
-    the ids up to and including the first stop token are learnt: the answer and how it ends. The rest is only read.
-    Every assistant turn given here is learnt; a family that can learn only the last one puts the others in the prompt.
+    the ids up to and including the first stop token are learnt: the answer and how it ends. The rest is only read, and
+    after the last answer's end it is dropped: nothing is learnt from it. Every assistant turn given here is learnt; a
+    family that can learn only the last one puts the others in the prompt.
 
     Raises ModelError when an answer holds no stop token: a model trained on it would never stop.
     """
@@ -143,7 +147,8 @@ def learn_answers(
             )
         ids.extend(answer)
         learn.extend(i <= end for i in range(len(answer)))
-    return Encoded(tuple(ids), tuple(learn), where)
+    size = max((i for i, learnt in enumerate(learn) if learnt), default=len(ids) - 1) + 1
+    return Encoded(tuple(ids[:size]), tuple(learn[:size]), where)
 
 
 class ByteStream:
