@@ -1,0 +1,93 @@
+"""Ask every question once, score every answer. Knows no model: anything that satisfies Generator is asked."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+
+from pingjia.errors import DataError
+from pingjia.evaluate.facts import is_blank
+from pingjia.evaluate.metrics import Pair, score
+from pingjia.evaluate.report import EvalReport, Row
+from pingjia.evaluate.settings import EvalSettings
+from pingjia.types import Completion, Example, Generator, Sampling
+
+OnDone = Callable[[int, Completion], None]
+
+_HAN = re.compile(r"[\u3400-\u9fff]")
+_WORD = re.compile(r"[A-Za-z]+")
+
+
+def evaluate(
+    questions: Sequence[Example], generator: Generator, settings: EvalSettings, *, on_done: OnDone | None = None
+) -> EvalReport:
+    """Answer the questions greedily and score the answers against what they expect.
+
+    `on_done(index, completion)` is called as each answer ends; `index` counts the questions that are asked, which are
+    `select(questions, settings.max_questions)`. An answer cut at max_tokens is scored as it is and counted as cut.
+    Raises DataError, before anything is generated, for no questions or one that cannot be asked or scored.
+    """
+    asked = select(questions, settings.max_questions)
+    for question in asked:
+        _check(question)
+    started = time.perf_counter()
+    sampling = Sampling(max_tokens=settings.max_tokens, temperature=0.0)
+    answers = generator.generate([question.prompt for question in asked], sampling, on_done=on_done)
+    seconds = time.perf_counter() - started
+    rows = [_row(question, answer, settings) for question, answer in zip(asked, answers, strict=True)]
+    return EvalReport.of(rows, settings.metrics, max_tokens=settings.max_tokens, seconds=seconds)
+
+
+def select(questions: Sequence[Example], limit: int | None) -> list[Example]:
+    """At most `limit` questions, spread evenly over the list: files are often sorted by topic."""
+    if limit is None or limit >= len(questions):
+        chosen = list(questions)
+    else:
+        chosen = [questions[i * len(questions) // limit] for i in range(limit)]
+    if not chosen:
+        raise DataError("no questions to evaluate; name at least one file with questions in eval.questions")
+    return chosen
+
+
+def expected_answer(question: Example) -> str:
+    """What the answer is compared with: the question's `reference` when it has one, else its response."""
+    return question.reference if question.reference is not None else question.response
+
+
+def language(question: Example) -> str:
+    """The question's own `lang`; without one "zh" or "en", whichever has more Chinese characters or Latin words."""
+    if question.lang:
+        return question.lang
+    text = " ".join(message.content for message in question.messages)
+    return "zh" if len(_HAN.findall(text)) >= len(_WORD.findall(text)) else "en"
+
+
+def _check(question: Example) -> None:
+    where = question.where or "a question"
+    if not question.prompt:
+        raise DataError(f"{where}: a question without a prompt: nothing comes before its answer")
+    if question.images:
+        raise DataError(f"{where}: has {len(question.images)} image(s), and evaluation asks in text only; leave it out")
+    blank = [fact for fact in question.facts if is_blank(fact)]
+    if blank:
+        raise DataError(f"{where}: facts: {blank[0]!r} is blank and would be found in any answer; remove it")
+    if not expected_answer(question).strip() and not question.facts:
+        raise DataError(f"{where}: neither an expected answer nor facts: there is nothing to score against")
+
+
+def _row(question: Example, answer: Completion, settings: EvalSettings) -> Row:
+    pair = Pair(answer.text, expected_answer(question), question.facts)
+    return Row(
+        prompt=tuple(question.prompt),
+        expected=pair.expected,
+        answer=answer.text,
+        scores=score(pair, settings.metrics),
+        finish_reason=answer.finish_reason,
+        where=question.where,
+        domain=question.domain,
+        lang=language(question),
+        facts=tuple(question.facts),
+        missing_facts=pair.missing,
+        usage=answer.usage,
+    )
