@@ -1,0 +1,38 @@
+"""User files -> checked examples -> encoded examples. Never imports torch."""
+
+from typing import TYPE_CHECKING, Any
+
+__all__ = [
+    "CheckReport",
+    "Problem",
+    "check_files",
+    "encode_examples",
+    "fingerprint",
+    "read_examples",
+    "resolve",
+]
+
+if TYPE_CHECKING:
+    from pingjia.data.check import CheckReport, check_files
+    from pingjia.data.encode import encode_examples
+    from pingjia.data.files import fingerprint, resolve
+    from pingjia.data.problems import Problem
+    from pingjia.data.read import read_examples
+
+_HOMES = {
+    "CheckReport": "check",
+    "Problem": "problems",
+    "check_files": "check",
+    "encode_examples": "encode",
+    "fingerprint": "files",
+    "read_examples": "read",
+    "resolve": "files",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pingjia.data' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"pingjia.data.{_HOMES[name]}"), name)

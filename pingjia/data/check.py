@@ -1,0 +1,177 @@
+"""Everything that can be known about data files before training: problems by line, counts, lengths, share of Chinese.
+
+Not here: printing (`cli/`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from array import array
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pingjia.chat.tokenizer import Tokenizer
+from pingjia.data.encode import encode_example
+from pingjia.data.problems import Problem
+from pingjia.data.read import Reader
+from pingjia.data.script import count_han, count_letters
+from pingjia.types import Example
+
+MAX_KEPT = 10_000  # problems kept in a report; all are counted
+_NUM_LONGEST = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Quantiles of lengths: tokens when a tokenizer was given, else characters."""
+
+    unit: str
+    p50: int
+    p90: int
+    p99: int
+    longest: int
+    total: int
+
+
+@dataclass(slots=True)
+class CheckReport:
+    """What `check_files` found.
+
+    `problems` (the first MAX_KEPT of `num_problems`) are rows or files that would not be trained on; `notes` are
+    remarks about rows that would. `num_rows` = rows met, `num_examples` = those that are sound. `zh_share`: Chinese
+    characters among the letters of all questions and answers, None without letters; `script.py` has the definition.
+    `longest`: (where, length) of the longest examples.
+    """
+
+    files: tuple[str, ...]
+    num_rows: int = 0
+    num_examples: int = 0
+    num_problems: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    num_notes: int = 0
+    notes: list[Problem] = field(default_factory=list)
+    zh_share: float | None = None
+    num_chars: int = 0
+    domains: dict[str, int] = field(default_factory=dict)
+    langs: dict[str, int] = field(default_factory=dict)
+    layouts: dict[str, int] = field(default_factory=dict)
+    lengths: Lengths | None = None
+    longest: list[tuple[str, int]] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no problem. Notes do not count."""
+        return self.num_problems == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"ok": self.ok, **asdict(self), "files": list(self.files)}
+
+
+def check_files(
+    files: Iterable[str | Path],
+    tokenizer: Tokenizer | None = None,
+    cutoff_len: int | None = None,
+    *,
+    domains: Collection[str] | None = None,
+) -> CheckReport:
+    """Read and check `files` as training would. Memory: some 30 bytes per row, besides the problems kept.
+
+    With a tokenizer, lengths are in tokens and a row over `cutoff_len` is a problem. With `domains`, rows of other
+    domains are still checked but not counted as examples. Raises DataError for a `samples:` name that is not packaged,
+    ModelError when the tokenizer's template is unfit for training.
+    """
+    check = _Check(tuple(map(str, files)), tokenizer, cutoff_len)
+    reader = Reader(check.problem, check.note)
+    for example, layout in reader.read(check.report.files):
+        if domains is None or example.domain in domains:
+            check.example(example, layout)
+    check.report.num_rows = reader.num_rows
+    return check.finish()
+
+
+class _Check:
+    """The report while it grows."""
+
+    def __init__(self, files: tuple[str, ...], tokenizer: Tokenizer | None, cutoff_len: int | None) -> None:
+        self.report = CheckReport(files)
+        self._tokenizer = tokenizer
+        self._cutoff_len = cutoff_len
+        self._lengths = array("I")
+        self._longest: list[tuple[int, str]] = []
+        self._seen: dict[bytes, str] = {}
+        self._counts = {"domains": Counter[str](), "langs": Counter[str](), "layouts": Counter[str]()}
+        self._num_han = self._num_letters = 0
+
+    def problem(self, problem: Problem) -> None:
+        self.report.num_problems += 1
+        if len(self.report.problems) < MAX_KEPT:
+            self.report.problems.append(problem)
+
+    def note(self, note: Problem) -> None:
+        self.report.num_notes += 1
+        if len(self.report.notes) < MAX_KEPT:
+            self.report.notes.append(note)
+
+    def example(self, example: Example, layout: str) -> None:
+        size = self._measure(example)
+        if size is None:
+            return
+        self.report.num_examples += 1
+        self._lengths.append(size)
+        heapq.heappush(self._longest, (size, example.where))
+        if len(self._longest) > _NUM_LONGEST:
+            heapq.heappop(self._longest)
+        for name, value in (("domains", example.domain), ("langs", example.lang), ("layouts", layout)):
+            self._counts[name][value or "-"] += 1
+        self._count_characters(example)
+        self._note_duplicate(example)
+
+    def _measure(self, example: Example) -> int | None:
+        """Length of an example; None when it has become a problem."""
+        if self._tokenizer is None:
+            return sum(len(m.content) for m in example.messages)
+        encoded = encode_example(example, self._tokenizer, self._cutoff_len)
+        if isinstance(encoded, Problem):
+            self.problem(encoded)
+            return None
+        return len(encoded.ids)
+
+    def _count_characters(self, example: Example) -> None:
+        for message in example.messages:
+            if message.role in ("user", "assistant"):
+                self.report.num_chars += len(message.content)
+                self._num_han += count_han(message.content)
+                self._num_letters += count_letters(message.content)
+
+    def _note_duplicate(self, example: Example) -> None:
+        turns = "\0".join(f"{m.role}\0{m.content}" for m in example.messages)
+        key = hashlib.blake2b(turns.encode(), digest_size=12).digest()
+        first = self._seen.setdefault(key, example.where)
+        if first != example.where:
+            file, _, line = example.where.rpartition(":")
+            self.note(Problem(file, int(line), "row", f"the same question and answer as {first}; it is learnt twice"))
+
+    def finish(self) -> CheckReport:
+        report = self.report
+        report.domains, report.langs, report.layouts = (
+            dict(self._counts[name].most_common()) for name in ("domains", "langs", "layouts")
+        )
+        report.zh_share = self._num_han / self._num_letters if self._num_letters else None
+        report.longest = [(where, size) for size, where in sorted(self._longest, reverse=True)]
+        if self._lengths:
+            report.lengths = _lengths(sorted(self._lengths), "tokens" if self._tokenizer else "characters")
+        if not report.num_rows and not report.num_problems:
+            self.problem(Problem(", ".join(report.files) or "-", 0, "files", "no row in them"))
+        return report
+
+
+def _lengths(ordered: Sequence[int], unit: str) -> Lengths:
+    def at(share: float) -> int:
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    return Lengths(unit, at(0.5), at(0.9), at(0.99), ordered[-1], sum(ordered))
