@@ -1,0 +1,94 @@
+"""Linear layers whose weight stays packed: the whole registry, and one class per format.
+
+They are `nn.Linear` subclasses so that adapters (PEFT), device maps and saving treat them as linears. Tensor names and
+layout are those of the published checkpoints: `weight` int8, `weight_scale`, `bias`. Frozen: only the input gets a
+gradient. Not here: the arithmetic of the layout (`rows.py`) and of the product (`product.py`).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from pingjia.quant.product import int4_product, int8_product
+from pingjia.quant.rows import dequantize_rows, quantize_rows, stored_columns
+
+
+class PackedLinear(nn.Linear):
+    """What the formats share. `weight` int8 [out, stored columns], `weight_scale` float [out]."""
+
+    bits: ClassVar[int]
+    weight_scale: torch.Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: it would allocate a float weight
+        self.in_features, self.out_features = in_features, out_features
+        stored = torch.zeros(out_features, stored_columns(in_features, self.bits), dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(stored, requires_grad=False)
+        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False)
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> PackedLinear:
+        """Round a float linear to nearest. Its bias is shared, not copied."""
+        packed = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        stored, scale = quantize_rows(linear.weight.detach(), cls.bits)
+        packed.weight = nn.Parameter(stored, requires_grad=False)
+        packed.weight_scale = scale
+        packed.bias = linear.bias
+        return packed
+
+    @property
+    def num_weights(self) -> int:
+        """Weights the matrix stands for, not the bytes it takes."""
+        return self.in_features * self.out_features
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight as floats [out, in]."""
+        return dequantize_rows(self.weight, self.weight_scale, self.bits, dtype)
+
+    def reset_parameters(self) -> None:
+        """Nothing: packed weights come from a checkpoint or from `of`."""
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}"
+
+    def _with_bias(self, product: torch.Tensor) -> torch.Tensor:
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+
+class Int8Linear(PackedLinear):
+    """8 bits per weight, one scale per output row."""
+
+    bits = 8
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._with_bias(int8_product(x, self.weight, self.weight_scale))
+
+
+class Int4Linear(PackedLinear):
+    """4 bits per weight, one scale per output row."""
+
+    bits = 4
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._with_bias(int4_product(x, self.weight, self.weight_scale))
+
+
+FORMATS: dict[str, type[PackedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
+
+
+def linear_class(bits: int | None) -> type[nn.Linear]:
+    """The class of a network's linears at this width; 0 or None: plain floats."""
+    return FORMATS[f"int{bits}"] if bits else nn.Linear
