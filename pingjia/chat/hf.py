@@ -79,8 +79,15 @@ class HFTokenizer:
     @cached_property
     def template_digest(self) -> str:
         source = self._template.source if self._template else ""
-        parts = [source, json.dumps(self._tokens, sort_keys=True), self._vocabulary.to_str()]
+        parts = [source, json.dumps(self._named(), sort_keys=True), self._vocabulary.to_str()]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def _named(self) -> dict[str, str]:
+        """The named tokens, without a pad token that is only the eos token again."""
+        named = dict(self._tokens)
+        if named.get("pad_token") == named.get("eos_token"):
+            named.pop("pad_token", None)
+        return named
 
     # ---- text
 
@@ -207,8 +214,8 @@ class HFTokenizer:
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self._tokens}
         config["clean_up_tokenization_spaces"] = False
         config["stop_tokens"] = [self._vocabulary.id_to_token(i) for i in sorted(self.stop_ids)]
-        if "pad_token" not in config:
-            config["pad_token"] = self._vocabulary.id_to_token(self.pad_id)
+        if "eos_token" in config:
+            config.setdefault("pad_token", config["eos_token"])
         if self._template is not None:
             config["chat_template"] = self._template.source
         try:

@@ -80,14 +80,21 @@ def _parts(vocabulary: tokenizers.Tokenizer, tokens: dict[str, str], source: str
     vocabulary.no_truncation()
     vocabulary.no_padding()
     _make_special(vocabulary, tokens)
-    pad_id = vocabulary.token_to_id(tokens.get("pad_token", ""))
+    pad_id = _pad_id(vocabulary, tokens, stop_ids)
     return Parts(
         vocabulary=vocabulary,
         template=ChatTemplate(PLAIN if source == "plain" else source, tokens) if source else None,
         tokens=tokens,
         stop_ids=frozenset(stop_ids),
-        pad_id=pad_id if pad_id is not None else min(stop_ids, default=0),
+        pad_id=pad_id,
     )
+
+
+def _pad_id(vocabulary: tokenizers.Tokenizer, tokens: dict[str, str], stop_ids: set[int]) -> int:
+    """The pad token; without one, the eos token. Padding is never attended to, so any token would do."""
+    name = tokens.get("pad_token") or tokens.get("eos_token")
+    named = vocabulary.token_to_id(name) if name else None
+    return named if named is not None else min(stop_ids, default=0)
 
 
 def _make_special(vocabulary: tokenizers.Tokenizer, tokens: dict[str, str]) -> None:
@@ -140,18 +147,22 @@ def _template_source(directory: Path, config: dict[str, Any]) -> str | None:
         return own_file.read_text(encoding="utf-8")
     source = config.get("chat_template")
     if isinstance(source, list):  # several templates by name
-        named = {t["name"]: t["template"] for t in source}
+        named = {str(t.get("name")): t.get("template") for t in source if isinstance(t, dict)}
         if "default" not in named:
             raise ModelError(f"{directory}: tokenizer_config.json has templates {sorted(named)} but none named default")
-        return str(named["default"])
+        source = named["default"]
+    if not isinstance(source, str | None):
+        raise ModelError(f"{directory}: chat_template in tokenizer_config.json is a {type(source).__name__}, not text")
     return source
 
 
 def _stop_ids(
     directory: Path, config: dict[str, Any], tokens: dict[str, str], vocabulary: tokenizers.Tokenizer
 ) -> set[int]:
-    texts = [tokens.get("eos_token"), *config.get("stop_tokens", [])]
-    found = {vocabulary.token_to_id(t) for t in texts if t}
+    texts = config.get("stop_tokens", [])
+    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+        raise ModelError(f"{directory}: stop_tokens in tokenizer_config.json must be a list of strings")
+    found = {vocabulary.token_to_id(t) for t in (*texts, tokens.get("eos_token")) if t}
     for name in ("generation_config.json", "config.json"):
         value = _read_json(directory / name).get("eos_token_id")
         found.update(value if isinstance(value, list) else [value])

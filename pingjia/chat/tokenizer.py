@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
 
     @property
     def template_digest(self) -> str:
-        """sha256 hex of what decides the rendering. Equal digests render equally; unequal ones may (see `golden.py`)."""
+        """sha256 hex of what decides the rendering. Equal digests render equally; others may too (`golden.py`)."""
         ...
 
     def encode(self, text: str) -> list[int]:
