@@ -43,7 +43,7 @@ FAMILY = Family(
 
 
 def rotary_tables(config: ChatGLM2Config, position_ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, float32 [B, T, F]. The checkpoint's copy of the frequencies is not used, as in the published code."""
+    """cos and sin, float32 [B, T, F]; as in the published code, not from the checkpoint's copy of the frequencies."""
     rotated = config.kv_channels // 2
     exponent = torch.arange(0, rotated, 2, device=position_ids_BT.device).float() / rotated
     frequencies_F = 1.0 / (10000 * config.rope_ratio) ** exponent

@@ -8,7 +8,7 @@ config.json and never from a name. ChatGLM2 and ChatGLM3 are one network; only t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -61,10 +61,12 @@ class _GenerationConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         """The config of whichever generation `config_dict` describes, checked. Raises ModelError."""
         right = ChatGLMConfig if generation_of(config_dict) == 1 else ChatGLM2Config
-        if cls is not right and cls is not ChatGLMConfig:
+        if cls is not right and cls is ChatGLMConfig:  # the class that AutoConfig knows; it speaks for both
+            return cast(Self, right.from_dict(config_dict, **kwargs))
+        if cls is not right:
             raise ModelError(f"config.json is that of a {right.__name__}, not of a {cls.__name__}")
         own = {k: v for k, v in config_dict.items() if k != "auto_map"}  # it names code that is never run
-        made = PreTrainedConfig.from_dict.__func__(right, own, **kwargs)
+        made = super().from_dict(own, **kwargs)
         (made[0] if isinstance(made, tuple) else made).check()
         return made
 
@@ -88,9 +90,7 @@ class _GenerationConfig(PreTrainedConfig):
         """`check`, and refuse what only `load_chatglm` can read."""
         self.check()
         if self.quantization_embeddings:
-            raise ModelError(
-                "config.json: quantised embeddings are read by pingjia's load_model, not by from_pretrained"
-            )
+            raise ModelError("config.json: quantised embeddings are read by load_model, not by from_pretrained")
 
     def _require(self, key: str, wanted: Any) -> None:
         if getattr(self, key) != wanted:

@@ -84,10 +84,9 @@ def read_chatglm_config(directory: Path) -> ChatGLMConfig | ChatGLM2Config:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise ModelError(f"{file}: cannot be read: {e}") from None
-    if not isinstance(raw, dict) or raw.get("model_type") != "chatglm":
-        raise ModelError(
-            f"{file}: model_type is {raw.get('model_type') if isinstance(raw, dict) else None!r}, not 'chatglm'"
-        )
+    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    if model_type != "chatglm":
+        raise ModelError(f"{file}: model_type is {model_type!r}, not 'chatglm'")
     try:
         return ChatGLMConfig.from_dict(raw)
     except (TypeError, ValueError) as e:  # transformers' own checks
@@ -151,28 +150,29 @@ def read_tensors(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, torc
 
 
 def _batches(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[Path, list[str]]]:
-    """Names in file order, cut where the file changes and after `_OPEN_BYTES`."""
-    file, names, size = None, list[str](), 0
-    for name, tensor in sorted(stored.items(), key=lambda item: str(item[1].file)):
-        if names and (tensor.file != file or size >= _OPEN_BYTES):
+    """Names file by file, a large file in several lots of about `_OPEN_BYTES`."""
+    for file in sorted({tensor.file for tensor in stored.values()}):
+        names, size = list[str](), 0
+        for name in (n for n, tensor in stored.items() if tensor.file == file):
+            names.append(name)
+            size += stored[name].num_bytes
+            if size >= _OPEN_BYTES:
+                yield file, names
+                names, size = [], 0
+        if names:
             yield file, names
-            names, size = [], 0
-        file, size = tensor.file, size + tensor.num_bytes
-        names.append(name)
-    if file is not None:
-        yield file, names
 
 
 @contextlib.contextmanager
 def _open(file: Path) -> Iterator[Mapping[str, torch.Tensor]]:
     """The tensors of one shard, mapped, not read. What cannot be read is a ModelError."""
     try:
+        if _starts(file, b"version https://git-lfs"):
+            raise OSError("this is a Git LFS pointer, not the weights; run: git lfs pull")
         shard = _Safetensors(file) if file.suffix == ".safetensors" else _unpickle(file)
         yield shard
     except pickle.UnpicklingError as e:
-        raise ModelError(
-            f"{file}: holds more than tensors (code?); refused, nothing of it was run: {_reason(e)}"
-        ) from None
+        raise ModelError(f"{file}: holds more than tensors; refused, and none of it was run: {_reason(e)}") from None
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as e:
         raise ModelError(
             f"{file}: cannot be read, perhaps truncated ({file.stat().st_size} bytes): {_reason(e)}"
@@ -184,7 +184,7 @@ class _Safetensors(Mapping[str, torch.Tensor]):
         self._file = safe_open(file, framework="pt")
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._file.get_tensor(name)  # type: ignore[no-any-return]
+        return self._file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file.keys())
@@ -195,13 +195,17 @@ class _Safetensors(Mapping[str, torch.Tensor]):
 
 def _unpickle(file: Path) -> dict[str, torch.Tensor]:
     zipped = zipfile.is_zipfile(file)
-    with file.open("rb") as f:
-        if f.read(4) == b"PK\x03\x04" and not zipped:
-            raise EOFError("the end of the archive is missing")
+    if not zipped and _starts(file, b"PK\x03\x04"):
+        raise EOFError("the end of the archive is missing")
     tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise pickle.UnpicklingError("not a dict of tensors")
     return tensors
+
+
+def _starts(file: Path, magic: bytes) -> bool:
+    with file.open("rb") as f:
+        return f.read(len(magic)) == magic
 
 
 def _reason(error: BaseException) -> str:
