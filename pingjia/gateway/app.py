@@ -1,0 +1,104 @@
+"""The application put together: the service, the endpoints, and in which order a request passes the middleware."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastapi.security import HTTPBearer
+from pydantic.json_schema import models_json_schema
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from pingjia import __version__
+from pingjia.chat.tokenizer import Tokenizer
+from pingjia.errors import UserError
+from pingjia.gateway import errors, routes
+from pingjia.gateway.access_log import AccessLog
+from pingjia.gateway.auth import Auth, KeyRing, load_keys
+from pingjia.gateway.body_limit import BodyLimit
+from pingjia.gateway.request_id import RequestId
+from pingjia.gateway.service import Service
+from pingjia.gateway.settings import GatewaySettings
+from pingjia.ledger import Ledger
+from pingjia.types import Backend
+
+
+def create_app(
+    backend: Backend,
+    tokenizer: Tokenizer,
+    settings: GatewaySettings,
+    *,
+    ledger: Ledger | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> FastAPI:
+    """The HTTP API over `backend`, which is started and stopped by whoever made it.
+
+    `clock` (seconds) is what durations are measured with. Raises UserError for settings that cannot be obeyed: keys
+    that are required and absent, a default model that is not served.
+    """
+    keys = load_keys(settings)
+    service = Service(backend, tokenizer, settings, ledger=ledger, clock=clock)
+    _check_default(service)
+    app = FastAPI(
+        title="pingjia",
+        version=__version__,
+        docs_url=None,  # these pages load scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+        middleware=_middleware(service, keys),
+    )
+    app.state.service = service
+    errors.install(app)
+    app.include_router(routes.health_router)
+    # Checks nothing (`Auth` does, before the body is read), but puts the scheme into the OpenAPI document.
+    app.include_router(routes.router, dependencies=[Depends(HTTPBearer(auto_error=False))] if len(keys) else [])
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _check_default(service: Service) -> None:
+    name, served = service.settings.default_model, [card.id for card in service.cards()]
+    if name is not None and name not in served:
+        raise UserError(f"serve.default_model is {name!r}, which is not served; choose one of {', '.join(served)}")
+
+
+def _middleware(service: Service, keys: KeyRing) -> list[Middleware]:
+    """Outermost first. What costs nothing refuses before what costs something: the key before the body."""
+    settings = service.settings
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id", "retry-after"],
+    )
+    return [
+        Middleware(RequestId),
+        Middleware(AccessLog, clock=service.clock, on_status=service.metrics.on_status),
+        Middleware(errors.LastResort),
+        *([cors] if settings.cors_origins else []),
+        Middleware(Auth, keys=keys),
+        Middleware(BodyLimit, max_bytes=settings.max_body_bytes, max_s=settings.body_s),
+    ]
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    app.state.service.close()
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        pairs: Any = [(model, "serialization") for model in routes.STREAMED]
+        _, definitions = models_json_schema(pairs, ref_template="#/components/schemas/{model}")
+        schema["components"]["schemas"] = {**definitions["$defs"], **schema["components"]["schemas"]}
+        app.openapi_schema = schema
+    return app.openapi_schema

@@ -1,0 +1,202 @@
+"""What clients may send: the request bodies and their types. Nothing is coerced; what we cannot honour is refused.
+
+Ranges of sampling values are not here but in `types.Sampling`, which every way into the engine shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from pingjia.errors import RequestError
+
+_INT64 = 2**63
+_INT32 = 2**31
+
+
+class Body(BaseModel):
+    """Strict types (an int is a fine float, "0.5" and true are not); unknown fields are kept aside for `refuse`."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = Field(None, description="send a last chunk with the token counts")
+
+
+class SamplingBody(Body):
+    """The fields that /v1/chat/completions and /v1/completions share. null is the same as leaving a field out."""
+
+    model: str | None = Field(None, description="an id of /v1/models; may be left out when only one model is served")
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, description="0 is greedy")
+    top_p: float | None = None
+    top_k: int | None = Field(None, description="0 or -1: no limit")
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
+    stop: str | list[str] | None = Field(None, description="at most 16 strings")
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=_INT32)]] | None = None
+    ignore_eos: bool | None = None
+    n: int | None = Field(None, ge=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="accepted and not used")
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_is_text(cls, value: Any) -> Any:
+        if value is None or isinstance(value, str) or _is_list_of(value, str):
+            return value
+        raise PydanticCustomError("stop_type", "must be a string or a list of strings")
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="developer is system")
+    content: str | list[TextPart]
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _content_is_text(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, list):
+            raise PydanticCustomError("content_type", "must be a string or a list of text parts")
+        for i, part in enumerate(value):
+            _check_part(i, part)
+        return value
+
+    @property
+    def text(self) -> str:
+        """The content as one string; text parts are joined as they stand."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class ChatBody(SamplingBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens; wins over it")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="needs logprobs: true")
+
+
+class CompletionBody(SamplingBody):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=20)
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _prompt_is_text_or_ids(cls, value: Any) -> Any:
+        lists = isinstance(value, list) and value
+        if isinstance(value, str) or (lists and (_is_list_of(value, str) or _is_list_of(value, int))):
+            return value
+        if lists and all(_is_list_of(ids, int) for ids in value):
+            return value
+        raise PydanticCustomError(
+            "prompt_type", "must be a string, a list of strings, a list of token ids or a list of such lists"
+        )
+
+
+class DemoBody(Body):
+    """POST /, the API of ChatGLM-6B's demo."""
+
+    prompt: str
+    history: list[Annotated[list[str], Field(min_length=2, max_length=2)]] | None = Field(
+        None, description="pairs of question and answer"
+    )
+    max_length: int | None = Field(None, ge=1, description="tokens of prompt and answer together; 2048")
+    top_p: float | None = Field(None, description="0.7")
+    temperature: float | None = Field(None, description="0.95; 0 is greedy")
+    model: str | None = Field(None, description="not in the original: an id of /v1/models")
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def _check_part(index: int, part: Any) -> None:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return
+    where = f"part {index}"
+    if isinstance(kind, str) and kind != "text":
+        raise PydanticCustomError("part_type", f"{where} is of type {kind[:40]!r}; only text parts can be read here")
+    raise PydanticCustomError("part_type", f'{where} must look like {{"type": "text", "text": "..."}}')
+
+
+# Fields of OpenAI's and vLLM's APIs that would change the answer and that nothing here can honour. The values listed
+# ask for what happens anyway; so do null, "", [] and {}.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": (),
+    "best_of": (1,),
+    "chat_template": (),
+    "chat_template_kwargs": (),
+    "continue_final_message": (False,),
+    "documents": (),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "length_penalty": (1,),
+    "logit_bias": (),
+    "logits_processors": (),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "prediction": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "suffix": (),
+    "tool_choice": ("none", "auto"),
+    "tools": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+_REFUSED_IN_MESSAGE = ("tool_calls", "function_call", "audio")
+
+
+def refuse(body: Body) -> None:
+    """Raise RequestError for the first field that asks for something this server does not do."""
+    for name, value in (body.model_extra or {}).items():
+        if name in _REFUSED and not _is_harmless(value, _REFUSED[name]):
+            raise _unsupported(name)
+    for i, message in enumerate(getattr(body, "messages", ())):
+        for name in _REFUSED_IN_MESSAGE:
+            if not _is_harmless((message.model_extra or {}).get(name), ()):
+                raise _unsupported(f"messages[{i}].{name}")
+
+
+def _is_harmless(value: Any, allowed: tuple[Any, ...]) -> bool:
+    return value is None or value in ("", [], {}) or value in allowed
+
+
+def _unsupported(name: str) -> RequestError:
+    return RequestError(
+        f"{name} is not supported by this server and would change the answer; leave it out",
+        param=name,
+        code="unsupported_parameter",
+    )

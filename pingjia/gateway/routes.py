@@ -1,0 +1,186 @@
+"""The endpoints and what the OpenAPI document says of them. Each one only says what was asked and how to write it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from pingjia.gateway import chat, completions, demo
+from pingjia.gateway.ask import choose
+from pingjia.gateway.bodies import ChatBody, CompletionBody, DemoBody
+from pingjia.gateway.errors import WrongContentType
+from pingjia.gateway.reply import stream_reply, whole_reply
+from pingjia.gateway.responses import (
+    ChatChunk,
+    ChatCompletion,
+    DemoAnswer,
+    ErrorEnvelope,
+    Health,
+    ModelList,
+    ModelOut,
+    TextCompletion,
+)
+from pingjia.gateway.service import Caller, Service
+from pingjia.types import ModelCard
+
+_REASONS = {
+    400: "the request cannot be served as asked; `param` names the field",
+    401: "no API key, or an unknown one",
+    404: "no such model",
+    408: "the body came too slowly",
+    413: "the body is too large",
+    415: "the body is not declared as JSON",
+    500: "the engine or the server failed",
+    503: "too many answers in work (with Retry-After), or not ready",
+    504: "the answer took longer than a request may",
+}
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    declared: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorEnvelope, "description": _REASONS[status]} for status in statuses
+    }
+    # Also keeps FastAPI from declaring its own 422, which is never sent.
+    return {**declared, "default": {"model": ErrorEnvelope, "description": "any other error"}}
+
+
+def _events(schema: type) -> dict[int | str, dict[str, Any]]:
+    about = f"with stream: true; every event is one {schema.__name__}, the last one is [DONE]"
+    ref = {"$ref": f"#/components/schemas/{schema.__name__}"}
+    return {200: {"description": "the answer", "content": {"text/event-stream": {"schema": ref, "x-events": about}}}}
+
+
+STREAMED = (ChatChunk,)
+"""Models that only events have, so that FastAPI does not find them by itself."""
+
+_ANSWER_ERRORS = _errors(*_REASONS)
+router = APIRouter()
+health_router = APIRouter()
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _caller(request: Request) -> Caller:
+    state = request.scope["state"]
+    caller = Caller(state["request_id"], state.get("key_id", ""))
+    state["account"] = caller.account
+    return caller
+
+
+async def _json_only(request: Request) -> None:
+    # A form or text body needs no CORS preflight: any web page could make a visitor's browser send it to this server.
+    declared = request.headers.get("content-type", "")
+    kind = declared.partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise WrongContentType(
+            f"the body is declared as {declared[:100] or 'nothing'}; send the header Content-Type: application/json"
+        )
+
+
+_JSON = [Depends(_json_only)]
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletion,
+    responses={**_events(ChatChunk), **_ANSWER_ERRORS},
+    dependencies=_JSON,
+)
+async def chat_completions(body: ChatBody, request: Request) -> Response:
+    """Answer a conversation."""
+    service, caller = _service(request), _caller(request)
+    ask = chat.understand(body, service)
+    shape = chat.ChatShape(ask, service.tokenizer, include_usage=_wants_usage(body))
+    return (stream_reply if body.stream else whole_reply)(service, ask, caller, shape)
+
+
+@router.post(
+    "/v1/completions",
+    response_model=TextCompletion,
+    responses={**_events(TextCompletion), **_ANSWER_ERRORS},
+    dependencies=_JSON,
+)
+async def text_completions(body: CompletionBody, request: Request) -> Response:
+    """Continue raw text."""
+    service, caller = _service(request), _caller(request)
+    ask = completions.understand(body, service)
+    shape = completions.CompletionShape(ask, service.tokenizer, include_usage=_wants_usage(body))
+    return (stream_reply if body.stream else whole_reply)(service, ask, caller, shape)
+
+
+@router.post("/", response_model=DemoAnswer, responses=_ANSWER_ERRORS, dependencies=_JSON)
+async def chatglm_demo(body: DemoBody, request: Request) -> Response:
+    """Answer in the form of ChatGLM-6B's demo server."""
+    service, caller = _service(request), _caller(request)
+    return whole_reply(service, demo.understand(body, service), caller, demo.DemoShape(body))
+
+
+@router.get("/v1/models", responses=_errors(401, 500))
+async def list_models(request: Request) -> ModelList:
+    """The base model and its adapters."""
+    return ModelList(object="list", data=[_model_out(card) for card in _service(request).cards()])
+
+
+@router.get("/v1/models/{model_id:path}", responses=_errors(401, 404, 500))
+async def get_model(model_id: str, request: Request) -> ModelOut:
+    """One of them."""
+    service = _service(request)
+    return _model_out(choose(service.cards(), model_id, service.settings))
+
+
+@router.get("/metrics", response_class=Response, responses={
+    200: {"description": "Prometheus' text format", "content": {"text/plain": {"schema": {"type": "string"}}}},
+    **_errors(401, 500),
+})  # fmt: skip
+async def metrics(request: Request) -> Response:
+    """Numbers for Prometheus."""
+    return Response(_service(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+@health_router.get("/health/live")
+async def live(request: Request) -> Health:
+    """200 as long as the server answers at all."""
+    return _health(_service(request))
+
+
+_NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": "no token could come out now"}}
+
+
+@health_router.get("/health", responses=_NOT_READY)
+@health_router.get("/health/ready", responses=_NOT_READY)
+async def ready(request: Request, response: Response) -> Health:
+    """200 when a token could come out now, else 503."""
+    health = _health(_service(request))
+    response.status_code = 200 if health.status == "ok" else 503
+    return health
+
+
+def _health(service: Service) -> Health:
+    stats = service.backend.stats()
+    return Health(
+        status="ok" if service.is_ready() else "not ready",
+        num_running=stats.num_running,
+        num_waiting=stats.num_waiting,
+        seconds_since_step=stats.seconds_since_step,
+    )
+
+
+def _model_out(card: ModelCard) -> ModelOut:
+    return ModelOut(
+        id=card.id,
+        object="model",
+        created=card.created,
+        owned_by="pingjia",
+        root=card.root,
+        parent=card.parent,
+        max_model_len=card.max_model_len,
+    )
+
+
+def _wants_usage(body: ChatBody | CompletionBody) -> bool:
+    return bool(body.stream_options and body.stream_options.include_usage)

@@ -1,0 +1,53 @@
+"""The recipe section `serve:`. Only values and their ranges; who obeys them is said beside each."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from pydantic import Field
+
+from pingjia.recipe import Section
+
+
+class GatewaySettings(Section):
+    """How the HTTP API listens, whom it lets in and how much it takes. Times in seconds."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    api_keys: tuple[str, ...] = ()
+    """sha256 of each key in hex, never the key itself (`gateway.hash_key`)."""
+    api_keys_env: str = "PINGJIA_API_KEYS"
+    """Environment variable with further keys in the clear, separated by commas or spaces."""
+    served_model_name: str | None = None
+    """What the base model is called outside; its own name when None."""
+    default_model: str | None = None
+    """The model of a request that names none; needed only when more than one is served."""
+    default_max_tokens: int = Field(512, ge=1)
+    default_temperature: float = Field(0.0, ge=0.0, le=2.0)
+    """For requests that give no temperature. 0 is greedy: the same question gets the same answer."""
+    max_concurrent: int = Field(64, ge=1)
+    """Answers in work at once, waiting in the engine's queue included; beyond it 503."""
+    max_body_bytes: int = Field(2_000_000, ge=1_000)
+    deadline_s: float = Field(600.0, gt=0.0)
+    """The longest a request may take from its arrival; then 504."""
+    drain_s: float = Field(30.0, ge=0.0)
+    """What answers in work get to finish after SIGTERM."""
+    ping_s: float = Field(10.0, gt=0.0)
+    """A stream that has nothing to say for this long sends a comment, so that proxies keep it open."""
+    head_s: float = Field(10.0, gt=0.0)
+    """A client must send its request head within this."""
+    body_s: float = Field(30.0, gt=0.0)
+    """And its body within this."""
+    cors_origins: tuple[str, ...] = ()
+    """Web origins whose pages may call; none by default."""
+    access_log: bool = True
+
+    @property
+    def is_loopback(self) -> bool:
+        """True when only this machine can connect."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
