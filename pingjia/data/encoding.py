@@ -1,15 +1,16 @@
 """Bytes of a data file -> text: UTF-8 first, GBK/GB18030 where the file is that.
 
-A file is taken for GB18030 (which contains GBK and GB2312) when nothing before its first bytes that are not UTF-8 was
-UTF-8 text, and in the megabyte from there on more strings are GB18030 than UTF-8. Anything else is damage, reported by
-line. Not here: rows and JSON (`rows.py`).
+A file is taken for GB18030 (which contains GBK and GB2312) when in the 256 KiB from its first non-ASCII line on more
+strings are GB18030 than UTF-8. Anything else is damage, reported by line. Not here: rows and JSON (`rows.py`).
 """
 
 from __future__ import annotations
 
+import enum
+from collections import Counter
 from typing import BinaryIO
 
-_SAMPLE_BYTES = 1 << 20
+_SAMPLE_BYTES = 1 << 18
 BOM_UTF8 = b"\xef\xbb\xbf"
 _BOMS_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -20,25 +21,22 @@ def starts_as_utf16(head: bytes) -> bool:
 
 
 class Decoder:
-    """Decodes one file in stretches that end between characters, and decides once what the file is."""
+    """Decodes one file in stretches that end between characters. What the file is, its first non-ASCII text decides."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.is_gb = False
+        self._is_decided = False
         self._file = file
-        self._num_utf8 = 0  # stretches seen that are UTF-8 and not merely ASCII
 
     def decode(self, data: bytes) -> str:
         """Text of the stretch just read from the file. Raises UnicodeDecodeError for damage."""
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError:
-            if not self._num_utf8 and not self.is_gb:
-                self.is_gb = _is_gb(data + _peek(self._file))
-            if self.is_gb:
-                return data.decode("gb18030")
-            raise
-        self._num_utf8 += not data.isascii()
-        return text
+        if data.isascii():
+            return data.decode("ascii")
+        if not self._is_decided:
+            self._is_decided, self.is_gb = True, _is_gb(data + _peek(self._file))
+        if self.is_gb and _kind(data) is not Kind.UTF8:  # files glued together from both are read right, too
+            return data.decode("gb18030")
+        return data.decode("utf-8")
 
     def decode_damaged(self, data: bytes) -> str:
         """As `decode`, but bytes that are no text become lone surrogates, which no sound text holds."""
@@ -46,6 +44,16 @@ class Decoder:
             return self.decode(data)
         except UnicodeDecodeError:
             return data.decode("gb18030" if self.is_gb else "utf-8", "surrogateescape")
+
+
+class Kind(enum.Enum):
+    """What some bytes are. EITHER: UTF-8 of two-byte characters only, which common Chinese in GBK can look like."""
+
+    ASCII = enum.auto()
+    UTF8 = enum.auto()
+    EITHER = enum.auto()
+    GB = enum.auto()
+    NEITHER = enum.auto()
 
 
 def _peek(file: BinaryIO) -> bytes:
@@ -57,15 +65,19 @@ def _peek(file: BinaryIO) -> bytes:
 
 def _is_gb(sample: bytes) -> bool:
     # A quote is never part of a character in either encoding, so it cuts JSON into strings that can be told apart.
-    strings = [s for s in sample.split(b'"')[:-1] if not s.isascii()]
-    num_utf8 = sum(_decodes(s, "utf-8") for s in strings)
-    num_gb = sum(_decodes(s, "gb18030") and not _decodes(s, "utf-8") for s in strings)
-    return num_gb > num_utf8
+    kinds = Counter(_kind(string) for string in sample.split(b'"')[:-1])
+    return kinds[Kind.GB] > kinds[Kind.UTF8] + kinds[Kind.EITHER] / 2
 
 
-def _decodes(line: bytes, encoding: str) -> bool:
+def _kind(data: bytes) -> Kind:
+    if data.isascii():
+        return Kind.ASCII
     try:
-        line.decode(encoding)
+        return Kind.UTF8 if max(data.decode("utf-8")) >= "\u0800" else Kind.EITHER
     except UnicodeDecodeError:
-        return False
-    return True
+        pass
+    try:
+        data.decode("gb18030")
+    except UnicodeDecodeError:
+        return Kind.NEITHER
+    return Kind.GB

@@ -95,7 +95,8 @@ def _read_lines(file: BinaryIO, decoder: Decoder) -> Iterator[Row | Fault]:
         try:
             text = decoder.decode(data)
         except UnicodeDecodeError as e:
-            yield Fault(number, "encoding", f"byte {e.start + 1} of the line is neither UTF-8 nor GB18030 text")
+            kind = "GB18030" if decoder.is_gb else "UTF-8"
+            yield Fault(number, "encoding", f"byte {e.start + 1} of the line is no {kind} text, which the file is")
             continue
         yield _parse(text.strip(), number)
 
@@ -143,7 +144,7 @@ def _check_element(element: _Element, *, behind_array: bool) -> Row | Fault:
     if not text:
         return Fault(element.line, "json", "there is nothing between two commas")
     if any("\udc80" <= c <= "\udcff" for c in text):
-        return Fault(element.line, "encoding", "the row holds bytes that are neither UTF-8 nor GB18030 text")
+        return Fault(element.line, "encoding", "the row holds bytes that are no text in the file's encoding")
     return _parse(text, element.line)
 
 
@@ -166,7 +167,7 @@ class _Splitter:
     """Cuts the text of one JSON array into its elements, without parsing them.
 
     Knows strings and brackets only, so a broken element does not hide the next one. A line break inside a string, which
-    JSON forbids, ends the string: after a lost quote the cutting is right again from the next line on.
+    JSON forbids, ends the string: after a lost quote the cutting is right again from one of the next lines on.
     """
 
     _MARKS = re.compile(r'\\.|["\[\]{},\n]', re.DOTALL)
@@ -185,10 +186,10 @@ class _Splitter:
         for text in stretches:
             start = 0
             for mark in self._MARKS.finditer(text):
-                border = self._follow(mark.group())
+                border = self._follow(mark.group(), text, mark.start())
                 if border:
                     self._hold(text[start : mark.start()])
-                    start = mark.end()
+                    start = mark.end() if mark.group() == border else mark.start()
                     if element := self._take(border):
                         yield element
             self._hold(text[start:])
@@ -197,13 +198,14 @@ class _Splitter:
             self.num_elements += 1
             yield rest
 
-    def _follow(self, mark: str) -> str:
+    def _follow(self, mark: str, text: str, at: int) -> str:
         """Keep track of strings and brackets; the mark itself when it is a border of elements, else nothing."""
         if self.is_over:
             return ""
         if self._in_string:
             self._in_string = mark not in ('"', "\n")
-        elif mark == '"':
+            return self._mend(text[max(0, at - 100) : at].rstrip()) if mark == "\n" else ""
+        if mark == '"':
             self._in_string = True
         elif mark in ("[", "{"):
             self._depth += 1
@@ -214,6 +216,13 @@ class _Splitter:
             return mark if self.is_over else ""
         elif mark == "," and self._depth == 1:
             return mark
+        return ""
+
+    def _mend(self, line: str) -> str:
+        """A string ran into a line break. If the line looks like the end of an element, its brackets were in there."""
+        if line.endswith(("}", "},")) and self._depth > 1:
+            self._depth = 1
+            return "," if line.endswith(",") else ""
         return ""
 
     def _hold(self, text: str) -> None:
