@@ -111,8 +111,15 @@ def check_options(body: SamplingBody, num_prompts: int, settings: GatewaySetting
         )
 
 
-def token_ids(prompt: AskedPrompt, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The prompt's ids. Raises RequestError for a prompt without tokens or with impossible ones."""
+def token_ids(prompt: AskedPrompt, tokenizer: Tokenizer, field: str) -> tuple[int, ...]:
+    """The prompt's ids. Raises RequestError (param `field`) for one without tokens, or with impossible ones."""
+    try:
+        return _token_ids(prompt, tokenizer)
+    except RequestError as e:
+        raise RequestError(str(e), param=field, code=e.code or "invalid_value") from None
+
+
+def _token_ids(prompt: AskedPrompt, tokenizer: Tokenizer) -> tuple[int, ...]:
     if isinstance(prompt, TokenIds):
         ids = prompt.ids
         bad = next((i for i in ids if not 0 <= i < tokenizer.vocab_size), None)

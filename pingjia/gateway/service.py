@@ -85,7 +85,9 @@ class Service:
             raise NotReady("the model cannot answer now (starting, stopping or stuck); GET /health/ready says when")
         self.admission.take(ask.num_choices)
         try:
-            requests = requests_of(ask, [await self._ids(prompt) for prompt in ask.prompts], self.settings)
+            requests = requests_of(
+                ask, [await self._ids(prompt, ask.prompt_field) for prompt in ask.prompts], self.settings
+            )
             async with self._running(ask, requests, caller, started, deadline) as answer:
                 yield answer
         finally:
@@ -123,11 +125,11 @@ class Service:
             finally:
                 self._account(ask, caller, answer, ending, started)
 
-    async def _ids(self, prompt: AskedPrompt) -> tuple[int, ...]:
+    async def _ids(self, prompt: AskedPrompt, field: str) -> tuple[int, ...]:
         if _size(prompt) <= _RENDER_INLINE_CHARS:
-            return token_ids(prompt, self.tokenizer)
+            return token_ids(prompt, self.tokenizer, field)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._renderer, token_ids, prompt, self.tokenizer)
+        return await loop.run_in_executor(self._renderer, token_ids, prompt, self.tokenizer, field)
 
     def _account(self, ask: Ask, caller: Caller, answer: Answer, ending: BaseException | None, started: float) -> None:
         ended, status, usage = self.clock(), status_of(ending), answer.usage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -41,6 +42,7 @@ def test_null_means_default_and_the_default_model_answers(start):
     ("fields", "param"),
     [
         ({"prompt": None}, "prompt"),
+        ({"prompt": "\ud83d"}, "prompt"),
         ({"history": [["only one"]]}, "history[0]"),
         ({"history": [["a", 5]]}, "history[0][1]"),
         ({"history": "x"}, "history"),
@@ -50,7 +52,8 @@ def test_null_means_default_and_the_default_model_answers(start):
     ],
 )
 def test_refused_naming_the_field(gateway, fields, param):
-    response = gateway.http.post("/", json={"prompt": "a", "model": "base", **fields})
+    data = json.dumps({"prompt": "a", "model": "base", **fields})
+    response = gateway.http.post("/", content=data, headers={"content-type": "application/json"})
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pingjia.errors import EngineError, ModelError, Overloaded, RequestError
-from pingjia.gateway.errors import describe
+from pingjia.gateway.errors import describe, respond
 
 
 @pytest.mark.parametrize("path", ["/v1/nothing", "/favicon.ico", "/v1/chat/completions/", "/docs", "/%F0%28/x"])
@@ -116,3 +116,9 @@ def test_describe(error, status, code):
 def test_retry_after_is_rounded_up_to_whole_seconds():
     assert describe(Overloaded("x", retry_after_s=0.2)).headers == {"retry-after": "1"}
     assert describe(Overloaded("x", retry_after_s=4.1)).headers == {"retry-after": "5"}
+
+
+def test_half_surrogates_in_a_message_do_not_break_the_error_response():
+    assert respond(RequestError("bad \ud83d")).body == (
+        b'{"error":{"message":"bad \\\\ud83d","type":"invalid_request_error","param":null,"code":null}}'
+    )
