@@ -57,7 +57,7 @@ def load(path: str | Path, overrides: Iterable[str], schema: type[R], *, flat: S
     raw = read_yaml(path)
     for override in overrides:
         key, value = split_override(override)
-        _assign(raw, key, value)
+        assign(raw, key, value)
     return build(raw, schema, flat=flat, name=str(path))
 
 
@@ -98,7 +98,8 @@ def split_override(text: str) -> tuple[str, Any]:
         return key.strip(), value
 
 
-def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
+def assign(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set `key` ("serve.port" is one level down) in a raw recipe."""
     *parents, last = key.split(".")
     for parent in parents:
         child = raw.setdefault(parent, {})

@@ -29,7 +29,9 @@ app = typer.Typer(
 
 
 @app.callback()
-def root(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error (anywhere in the line).")) -> None:
+def root(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error (anywhere in the line)."),
+) -> None:
     """pingjia (平价): from a JSONL file to a tuned, served model on the hardware you own, and the bill for it."""
 
 
@@ -93,8 +95,19 @@ def _explain(error: Exception, debug: bool) -> int:
     return 1
 
 
-_USER_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
-_EXTRAS = {name: "model" for name in ("torch", "transformers", "peft", "accelerate", "safetensors", "matplotlib")} | {"openai": "demo"}
+_USER_ERRNO = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+}
+_EXTRAS = {name: "model" for name in ("torch", "transformers", "peft", "accelerate", "safetensors", "matplotlib")} | {
+    "openai": "demo"
+}
 
 
 if __name__ == "__main__":

@@ -66,9 +66,7 @@ def save_checkpoint(
     return Checkpoint(target, step)
 
 
-def load_checkpoint(
-    checkpoint: Path, model: PeftModel, optimizer: torch.optim.Optimizer, *, fingerprint: str
-) -> int:
+def load_checkpoint(checkpoint: Path, model: PeftModel, optimizer: torch.optim.Optimizer, *, fingerprint: str) -> int:
     """Restore adapter, optimizer and random state; return the number of updates made.
 
     Raises TrainingError when the checkpoint is of a run with other data, base or settings.
@@ -79,7 +77,9 @@ def load_checkpoint(
     except FileNotFoundError as e:
         raise TrainingError(f"{checkpoint}: not a checkpoint: {Path(str(e.filename or '')).name} is missing") from None
     except Exception as e:  # pickle, zip and safetensors each have their own error types
-        raise TrainingError(f"{checkpoint}: damaged: {str(e).splitlines()[0]}; delete it to go on from the one before") from None
+        raise TrainingError(
+            f"{checkpoint}: damaged: {str(e).splitlines()[0]}; delete it to go on from the one before"
+        ) from None
     if state["fingerprint"] != fingerprint:
         raise TrainingError(
             f"{checkpoint} belongs to a run with other data, base model or settings, so going on would mix two runs; "
@@ -87,7 +87,9 @@ def load_checkpoint(
         )
     result = set_peft_model_state_dict(model, tensors)
     if result.unexpected_keys:
-        raise TrainingError(f"{checkpoint}: adapter tensors of another shape of run, for example {result.unexpected_keys[0]}")
+        raise TrainingError(
+            f"{checkpoint}: adapter tensors of another shape of run, for example {result.unexpected_keys[0]}"
+        )
     optimizer.load_state_dict(state["optimizer"])
     _restore_rng(state["rng"])
     return int(state["step"])

@@ -80,24 +80,32 @@ def run_training(run: Run) -> bool:
     if accelerator.num_processes != 1:
         raise TrainingError(f"started as {accelerator.num_processes} processes; this version trains in one process")
     model, optimizer = accelerator.prepare(run.model, _optimizer(run.model, s))
-    start = load_checkpoint(run.resume_from, run.model, optimizer, fingerprint=run.fingerprint) if run.resume_from else 0
+    start = (
+        load_checkpoint(run.resume_from, run.model, optimizer, fingerprint=run.fingerprint) if run.resume_from else 0
+    )
     run.start = start
     run.logs = _restore_log(run.output_dir / LOG_FILE, start)
     has_moved = MovedCheck(run.model) if start < MOVED_AFTER_STEPS else None
     eval_batches = _batches(run, run.eval_rows)
     model.train()
     for step, micros in plan.updates(start):
-        batches = [build_batch([run.rows[i] for i in rows], run.family, run.model.config, run.model.device) for rows in micros]
+        batches = [
+            build_batch([run.rows[i] for i in rows], run.family, run.model.config, run.model.device) for rows in micros
+        ]
         rate = learning_rate_at(step, plan.num_steps, peak=s.learning_rate, kind=s.lr_scheduler_type, warmup_ratio=s.warmup_ratio)  # fmt: skip
         result = update(accelerator, model, optimizer, batches, learning_rate=rate, max_grad_norm=s.max_grad_norm)
         done, last = step + 1, step + 1 == plan.num_steps
         if has_moved and done == min(start + MOVED_AFTER_STEPS, plan.num_steps) and done > 1:
             has_moved(run.model)
-        eval_loss = mean_loss(model, eval_batches) if eval_batches and (last or done % plan.updates_per_epoch == 0) else None
+        eval_loss = (
+            mean_loss(model, eval_batches) if eval_batches and (last or done % plan.updates_per_epoch == 0) else None
+        )
         _log(run, plan, done, rate, result, eval_loss)
         stopping = run.should_stop() and not last
         if stopping or last or done % s.save_steps == 0:
-            save_checkpoint(run.output_dir, done, run.model, optimizer, fingerprint=run.fingerprint, keep=s.save_total_limit)
+            save_checkpoint(
+                run.output_dir, done, run.model, optimizer, fingerprint=run.fingerprint, keep=s.save_total_limit
+            )
             run.on_saved()
         if stopping:
             return False
@@ -112,7 +120,8 @@ def _optimizer(model: PeftModel, settings: TuneSettings) -> torch.optim.Optimize
 def _batches(run: Run, rows: Sequence[Encoded]) -> list[MicroBatch]:
     size = run.settings.per_device_train_batch_size
     return [
-        build_batch(rows[i : i + size], run.family, run.model.config, run.model.device) for i in range(0, len(rows), size)
+        build_batch(rows[i : i + size], run.family, run.model.config, run.model.device)
+        for i in range(0, len(rows), size)
     ]
 
 

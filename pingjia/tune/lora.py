@@ -41,7 +41,9 @@ def resolve_targets(model: PreTrainedModel, family: Family, settings: TuneSettin
     modules = [m for m in linears if _in_layers(m, layers) and any(_ends_with(m, n) for n in names)]
     idle = [n for n in names if not any(_ends_with(m, n) for m in modules)]
     if idle:
-        raise TrainingError(f"lora_layers {settings.lora_layers}: no {idle[0]} in those layers; nothing would be trained")
+        raise TrainingError(
+            f"lora_layers {settings.lora_layers}: no {idle[0]} in those layers; nothing would be trained"
+        )
     return Targets(tuple(names), layers, tuple(modules))
 
 

@@ -21,8 +21,8 @@ from pingjia.models import base_fingerprint, family_of, load_model, max_model_le
 from pingjia.models.device import pick_device
 from pingjia.models.settings import ModelSettings
 from pingjia.tune.checkpoint import checkpoints, run_fingerprint, save_adapter
-from pingjia.tune.lora import Targets, add_adapter, count_parameters, resolve_targets
 from pingjia.tune.loop import Run, StepLog, plan_batches, run_training
+from pingjia.tune.lora import Targets, add_adapter, count_parameters, resolve_targets
 from pingjia.tune.plot import plot_loss
 from pingjia.tune.settings import TuneSettings
 from pingjia.types import Encoded
@@ -80,7 +80,7 @@ def train(
     *,
     ledger: Ledger | None = None,
     run_name: str = "",
-    hooks: Hooks = Hooks(),  # noqa: B008  frozen
+    hooks: Hooks = Hooks(),
 ) -> TrainResult:
     """Train an adapter into `settings.output_dir`; goes on where an interrupted run with equal inputs stopped.
 
@@ -93,12 +93,21 @@ def train(
         device = pick_device(model_settings.device)
         model = load_model(model_settings.model_name_or_path, dtype=model_settings.dtype, device=device)
         cutoff_len = min(data_settings.cutoff_len, max_model_len(model.config))
-        rows, dropped = _encode(data_settings.dataset, data_settings, tokenizer, cutoff_len)
-        eval_rows = _encode(data_settings.eval_dataset, data_settings, tokenizer, cutoff_len)[0] if data_settings.eval_dataset else []
+        rows, dropped = encode_rows(data_settings.dataset, data_settings, tokenizer, cutoff_len)
+        eval_rows = (
+            encode_rows(data_settings.eval_dataset, data_settings, tokenizer, cutoff_len)[0]
+            if data_settings.eval_dataset
+            else []
+        )
         family, base = family_of(model), base_fingerprint(model)
         recipe = _recipe(model_settings, data_settings, settings)
         fingerprint = run_fingerprint(
-            {"rows": rows, "base": base, "tune": settings.model_dump(exclude=_NOT_WEIGHTS), "template": tokenizer.template_digest}
+            {
+                "rows": rows,
+                "base": base,
+                "tune": settings.model_dump(exclude=_NOT_WEIGHTS),
+                "template": tokenizer.template_digest,
+            }
         )
         finished = _finished(output_dir, fingerprint, settings)
         if finished is not None:
@@ -134,12 +143,17 @@ def train(
         return TrainResult(output_dir, completed, False, size, **_metrics(run))
 
 
-def _encode(files: list[str], settings: DataSettings, tokenizer: Any, cutoff_len: int) -> tuple[list[Encoded], list[str]]:
+def encode_rows(
+    files: list[str], settings: DataSettings, tokenizer: Any, cutoff_len: int
+) -> tuple[list[Encoded], list[str]]:
     """Rows as token ids. An unreadable row stops the run; a row over cutoff_len is dropped, by name, never cut."""
     problems: list[str] = []
     examples = list(
         data.read_examples(
-            files, domains=settings.domains, max_samples=settings.max_samples, on_problem=lambda p: problems.append(str(p))
+            files,
+            domains=settings.domains,
+            max_samples=settings.max_samples,
+            on_problem=lambda p: problems.append(str(p)),
         )
     )
     if problems:
@@ -163,7 +177,9 @@ def _only_run_in(output_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise TrainingError(f"another run is writing to {output_dir}; wait for it or choose another output_dir") from None
+            raise TrainingError(
+                f"another run is writing to {output_dir}; wait for it or choose another output_dir"
+            ) from None
         yield
 
 
@@ -189,7 +205,9 @@ def read_about(output_dir: Path) -> Mapping[str, Any] | None:
 
 
 def _adapter_bytes(output_dir: Path) -> int:
-    return sum((output_dir / name).stat().st_size for name in ("adapter_config.json", "adapter_model.safetensors", ABOUT_FILE))
+    return sum(
+        (output_dir / name).stat().st_size for name in ("adapter_config.json", "adapter_model.safetensors", ABOUT_FILE)
+    )
 
 
 class _Account:

@@ -1,0 +1,149 @@
+"""`pingjia eval RECIPE`: the recipe's questions, answered by the base model and by its tuned adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pingjia.cli.console import console, progress_bar
+from pingjia.cli.schema import Recipe, ledger_path, load_recipe
+from pingjia.cli.train import Overrides, RecipePath
+from pingjia.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from pingjia.evaluate import Comparison, EvalReport, EvalSettings
+    from pingjia.types import Example, Generator
+
+
+def evaluate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option("--endpoint", help="Ask this OpenAI-compatible server instead, e.g. http://127.0.0.1:8000/v1."),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="With --endpoint: the model's name there.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Compare base and adapter on held-out questions; or score an endpoint on them."""
+    loaded = load_recipe(recipe, overrides or [])
+    if endpoint is None:
+        comparison = compare_recipe(loaded)
+        _print_json(comparison.to_dict()) if as_json else print_comparison(comparison, report_dir(loaded))
+        return
+    report = _evaluate_endpoint(loaded, endpoint, model)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        console.print("\n".join(report.lines()), markup=False)
+
+
+def compare_recipe(recipe: Recipe) -> Comparison:
+    """Before and after on one engine: the base, then the adapter beside it. Saves reports and pages; feeds the ledger."""
+    from pingjia import Engine
+    from pingjia.evaluate import compare, save_comparison
+    from pingjia.ledger import Ledger
+    from pingjia.meter import Meter
+
+    settings, questions = _questions(recipe)
+    ledger, run = Ledger(ledger_path(recipe)), Path(recipe.tune.output_dir).name
+    folder = report_dir(recipe)
+    reports: list[EvalReport] = []
+    with Meter() as loading:
+        engine = Engine(
+            recipe.model.model_name_or_path, adapter=recipe.tune.output_dir, settings=recipe.engine, dtype=recipe.model.dtype, device=recipe.model.device
+        )  # fmt: skip
+    loading_s = loading.seconds
+    for name, model in (("before", None), ("after", engine.models()[-1].id)):
+        with Meter() as meter:
+            report = _ask(questions, _On(engine, model), settings, f"{name:<6}")
+        report.save(folder / f"{name}.json")
+        fact = report.fact(f"eval.{name}", run=run)
+        ledger.append(_with_time(fact, meter.seconds + loading_s, meter.peak_bytes))
+        loading_s = 0.0
+        reports.append(report)
+    comparison = compare(*reports)
+    save_comparison(comparison, folder)
+    return comparison
+
+
+def print_comparison(comparison: Comparison, folder: Path) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("metric", "questions", "before", "after", "change", "95 % interval"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, change in comparison.overall.items():
+        table.add_row(
+            name,
+            str(change.count),
+            f"{100 * change.before:.1f}",
+            f"{100 * change.after:.1f}",
+            f"{100 * change.difference:+.1f}",
+            f"{100 * change.low:+.1f} to {100 * change.high:+.1f}",
+        )
+    console.print(table)
+    console.print(f"  scores out of 100; every answer side by side in {folder / 'comparison.html'}")
+
+
+def report_dir(recipe: Recipe) -> Path:
+    return Path(recipe.tune.output_dir) / "eval"
+
+
+class _On:
+    """An engine's base (None) or one of its adapters as a Generator."""
+
+    def __init__(self, engine: object, adapter: str | None) -> None:
+        self._engine, self._adapter = engine, adapter
+
+    def generate(self, prompts, sampling=None, *, on_done=None):  # type: ignore[no-untyped-def]  # see Generator
+        return self._engine.generate(prompts, sampling, on_done=on_done, adapter=self._adapter)  # type: ignore[attr-defined]
+
+
+def _evaluate_endpoint(recipe: Recipe, url: str, model: str | None) -> EvalReport:
+    from pingjia.evaluate import Endpoint
+
+    if model is None:
+        raise RecipeError("--endpoint needs --model NAME (as listed at /v1/models there)")
+    settings, questions = _questions(recipe)
+    return _ask(questions, Endpoint(url, model), settings, model)
+
+
+def _ask(questions: Sequence[Example], generator: Generator, settings: EvalSettings, label: str) -> EvalReport:
+    from pingjia.evaluate import evaluate as run_evaluation
+    from pingjia.evaluate import select
+
+    with progress_bar() as progress:
+        task = progress.add_task(f"answers {label}", total=len(select(questions, settings.max_questions)), note="")
+        return run_evaluation(questions, generator, settings, on_done=lambda index, answer: progress.advance(task))
+
+
+def _questions(recipe: Recipe) -> tuple[EvalSettings, list[Example]]:
+    from pingjia import data
+
+    settings = recipe.eval
+    if settings is None or not settings.questions:
+        raise RecipeError("eval.questions: missing; name a file of held-out questions (eval.questions=FILE)")
+    problems: list[str] = []
+    questions = list(
+        data.read_examples(
+            settings.questions, domains=recipe.data.domains, on_problem=lambda p: problems.append(str(p))
+        )
+    )
+    if problems:
+        raise DataError("\n".join(problems[:10]) + f"\n{len(problems)} questions cannot be asked; correct them")
+    return settings, questions
+
+
+def _with_time(fact, seconds: float, peak_bytes: int):  # type: ignore[no-untyped-def]
+    import dataclasses
+
+    return dataclasses.replace(fact, seconds=round(seconds, 3), peak_bytes=peak_bytes)
+
+
+def _print_json(value: object) -> None:
+    console.print_json(json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,42 @@
+"""`pingjia export ADAPTER --out DIR`: merge an adapter into its base, with proof."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pingjia.cli.console import console, megabytes
+
+
+def export(
+    adapter: Annotated[Path, typer.Argument(help="Directory of a finished adapter.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory to create.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="Where the base model lies, if not where it was trained.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Merge an adapter into its base model and check the saved files against it."""
+    from pingjia import chat
+    from pingjia.errors import ModelError
+    from pingjia.export import merge_adapter
+    from pingjia.tune.run import read_about
+
+    about = read_about(adapter)
+    if about is None:
+        raise ModelError(f"{adapter}: no finished adapter here (no pingjia.json)")
+    tokenizer = chat.load_tokenizer(base or about["base"]["name"])
+    report = merge_adapter(adapter, out, base=base, save_tokenizer=tokenizer.save, dtype=dtype)
+    if as_json:
+        console.print_json(json.dumps(asdict(report)))
+        return
+    console.print(f"merged {report.num_merged_modules} modules into {out} ({megabytes(report.stored_bytes)})")
+    console.print(
+        f"proof on {report.num_prompts} chats: logits within {report.max_logit_diff:.2g} of base plus adapter "
+        f"(allowed {report.tolerance:g}), up to {report.max_change_from_base:.2g} away from the base alone"
+    )

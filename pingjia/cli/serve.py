@@ -1,0 +1,107 @@
+"""`pingjia serve MODEL`: the OpenAI-compatible HTTP API over one engine in this process."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pingjia import recipe as recipes
+from pingjia.cli.console import errors
+from pingjia.engine.settings import EngineSettings
+from pingjia.errors import UserError
+from pingjia.gateway.settings import GatewaySettings
+
+MODEL_HELP = "Model directory, .gguf file or packaged name (smollm2)."
+ADAPTER_HELP = "Adapter directory, or NAME=DIR; may be given several times."
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    adapter: Annotated[list[str] | None, typer.Option("--adapter", help=ADAPTER_HELP)] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; beyond loopback API keys are required.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    served_model_name: Annotated[str | None, typer.Option(help="What the base model is called outside.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    ledger: Annotated[Path | None, typer.Option(help="Append what was spent to this file.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="serve.KEY=VALUE or engine.KEY=VALUE, as in a recipe.")
+    ] = None,
+) -> None:
+    """Serve a model, with its adapters, until SIGTERM or Ctrl-C. Answers in work are finished first."""
+    gateway_settings, engine_settings = _settings(overrides or [], host, port, served_model_name)
+    run_server(model, adapters=parse_adapters(adapter or []), gateway_settings=gateway_settings, engine_settings=engine_settings, dtype=dtype, device=device, ledger_file=ledger)  # fmt: skip
+
+
+def run_server(
+    model: str,
+    *,
+    adapters: dict[str, Path],
+    gateway_settings: GatewaySettings,
+    engine_settings: EngineSettings,
+    dtype: str = "auto",
+    device: str = "auto",
+    ledger_file: Path | None = None,
+) -> None:
+    """Load, serve, drain. Everything that can be refused without the model is refused before it is loaded."""
+    from pingjia import Engine, gateway
+    from pingjia.ledger import Fact, Ledger
+    from pingjia.meter import Meter
+    from pingjia.worker import Worker
+
+    gateway.preflight(gateway_settings)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    ledger = Ledger(ledger_file) if ledger_file else None
+    with Meter() as meter:
+        started = time.perf_counter()
+        errors.print(f"loading {model} ...", markup=False)
+        engine = Engine(model, dtype=dtype, device=device, settings=engine_settings)
+        for name, path in adapters.items():
+            engine.load_adapter(name, path)
+        errors.print(
+            f"loaded in {time.perf_counter() - started:.1f} s: {', '.join(c.id for c in engine.models())}", markup=False
+        )
+        worker = Worker(engine)
+        worker.start()
+        try:
+            app = gateway.create_app(worker, engine.tokenizer, gateway_settings, ledger=ledger)
+            gateway.serve(
+                app, gateway_settings, on_ready=lambda url: errors.print(f"serving at {url}/v1", markup=False)
+            )
+        finally:
+            worker.stop(gateway_settings.drain_s)
+    if ledger is not None:
+        ledger.append(
+            Fact(kind="serve", seconds=round(meter.seconds, 3), peak_bytes=meter.peak_bytes, note={"model": model})
+        )
+
+
+def parse_adapters(values: list[str]) -> dict[str, Path]:
+    """NAME=DIR or DIR (whose last part is the name) -> {name: directory}. UserError for a name given twice."""
+    adapters: dict[str, Path] = {}
+    for value in values:
+        name, sep, directory = value.partition("=")
+        path = Path(directory if sep else value)
+        name = name if sep else path.resolve().name
+        if name in adapters:
+            raise UserError(f"two adapters are called {name!r}; name them: --adapter NAME=DIR")
+        adapters[name] = path
+    return adapters
+
+
+def _settings(overrides: list[str], host: str, port: int, name: str | None) -> tuple[GatewaySettings, EngineSettings]:
+    class Both(recipes.Section):
+        serve: GatewaySettings = GatewaySettings()
+        engine: EngineSettings = EngineSettings()
+
+    raw: dict[str, dict[str, object]] = {"serve": {"host": host, "port": port, "served_model_name": name}}
+    for override in overrides:
+        recipes.assign(raw, *recipes.split_override(override))
+    both = recipes.build(raw, Both, flat=(), name="--set")
+    return both.serve, both.engine

@@ -1,0 +1,122 @@
+"""Base + adapter -> one model directory, with proof that what was saved is what was trained.
+
+The proof is made on the files, not in memory: the directory is loaded again and its logits on the adapter's golden
+chats are compared with base-plus-adapter before merging. Nothing appears under the target's name unless that holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from pingjia.errors import ModelError
+from pingjia.models import base_fingerprint, load_model
+from pingjia.tune.checkpoint import ADAPTER_FILE, new_directory, write_bytes
+from pingjia.tune.guards import require_nonzero_adapter
+from pingjia.tune.run import read_about
+
+# float32 merge of W + BA against x W + (x A) B: rounding only. Half precision rounds the merged weight itself.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """Logits are compared over whole prompts; differences are absolute, in logit units."""
+
+    base: str
+    adapter: str
+    num_merged_modules: int
+    num_prompts: int
+    max_logit_diff: float
+    tolerance: float
+    max_change_from_base: float
+    stored_bytes: int = 0
+
+
+def merge_adapter(
+    adapter_dir: Path,
+    out: Path,
+    *,
+    base: str | Path | None = None,
+    save_tokenizer: Callable[[Path], None],
+    dtype: str = "auto",
+) -> ExportReport:
+    """Merge the adapter into its base and save a directory any transformers tool loads.
+
+    Raises ModelError when the adapter is not of this base, changes nothing, or the saved files do not answer as the
+    adapter did; `out` is then not created. Refuses an `out` that exists.
+    """
+    if out.exists():
+        raise ModelError(f"{out} exists; choose a new directory, nothing is overwritten")
+    about = read_about(adapter_dir)
+    if about is None:
+        raise ModelError(f"{adapter_dir}: no finished adapter here (no pingjia.json)")
+    base = base or about["base"]["name"]
+    prompts = [chat["ids"] for chat in about["chat"]["golden"]]
+    model = load_model(base, dtype=dtype)
+    _require_same_base(model, about["base"]["fingerprint"], base)
+    tensors = safetensors.torch.load_file(adapter_dir / ADAPTER_FILE)
+    require_nonzero_adapter(tensors)
+    plain = _logits(model, prompts)
+    adapted = PeftModel.from_pretrained(model, adapter_dir)
+    _require_all_used(adapted, tensors)
+    wanted = _logits(adapted, prompts)
+    merged = adapted.merge_and_unload()
+    with new_directory(out) as folder:
+        merged.save_pretrained(folder)
+        save_tokenizer(folder)
+        got = _logits(load_model(folder, dtype=dtype), prompts)
+        report = ExportReport(
+            base=str(base),
+            adapter=str(adapter_dir),
+            num_merged_modules=sum("lora_A" in name for name in tensors),
+            num_prompts=len(prompts),
+            max_logit_diff=_max_diff(got, wanted),
+            tolerance=TOLERANCE[merged.dtype],
+            max_change_from_base=_max_diff(got, plain),
+            stored_bytes=sum(p.stat().st_size for p in folder.iterdir()),
+        )
+        _require_proof(report)
+        write_bytes(folder / "export_report.json", (json.dumps(asdict(report), indent=2) + "\n").encode())
+    return report
+
+
+def _require_same_base(model: PreTrainedModel, fingerprint: str, base: str | Path) -> None:
+    if base_fingerprint(model) != fingerprint:
+        raise ModelError(f"{base} is not the base this adapter was trained on (its weights differ); give the right one")
+
+
+def _require_all_used(adapted: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
+    loaded = {name.replace(".default.weight", ".weight") for name, _ in adapted.named_parameters() if "lora_" in name}
+    if loaded != set(tensors):
+        odd = sorted(loaded ^ set(tensors))
+        raise ModelError(
+            f"{len(odd)} adapter tensors have no place in this network or are missing, for example {odd[0]}"
+        )
+
+
+def _require_proof(report: ExportReport) -> None:
+    if report.max_logit_diff > report.tolerance:
+        raise ModelError(
+            f"the saved model does not answer as the adapter did: logits differ by {report.max_logit_diff:.3g}, "
+            f"allowed {report.tolerance:g}; nothing was exported"
+        )
+    if report.max_change_from_base <= report.max_logit_diff:
+        raise ModelError("the saved model equals its base: the adapter was not merged; nothing was exported")
+
+
+@torch.inference_mode()
+def _logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    device = next(model.parameters()).device
+    return [model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float() for ids in prompts]
+
+
+def _max_diff(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))
