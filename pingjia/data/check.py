@@ -151,10 +151,12 @@ class _Check:
     def _note_duplicate(self, example: Example) -> None:
         turns = "\0".join(f"{m.role}\0{m.content}" for m in example.messages)
         key = hashlib.blake2b(turns.encode(), digest_size=12).digest()
-        first = self._seen.setdefault(key, example.where)
-        if first != example.where:
-            file, _, line = example.where.rpartition(":")
-            self.note(Problem(file, int(line), "row", f"the same question and answer as {first}; it is learnt twice"))
+        first = self._seen.get(key)
+        if first is None:
+            self._seen[key] = example.where
+            return
+        file, _, line = example.where.rpartition(":")
+        self.note(Problem(file, int(line), "row", f"the same question and answer as {first}; it is learnt twice"))
 
     def finish(self) -> CheckReport:
         report = self.report
