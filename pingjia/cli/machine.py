@@ -130,12 +130,18 @@ def package_version(name: str) -> str | None:
 
 def compiler() -> str | None:
     """First line of `--version` of the C++ compiler that $CXX names, else of the first one found."""
-    named = shlex.split(os.environ.get("CXX", ""))
-    for command in (named, ["c++"], ["g++"], ["clang++"]):
+    for command in (_words(os.environ.get("CXX", "")), ["c++"], ["g++"], ["clang++"]):
         text = _output([*command, "--version"]) if command else None
         if text:
             return text.splitlines()[0].strip()
     return None
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError:  # an unclosed quotation names no command
+        return []
 
 
 def measure_read_bandwidth(*, repeats: int = 5) -> float:

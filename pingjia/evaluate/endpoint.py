@@ -70,12 +70,11 @@ class Endpoint:
     def __post_init__(self) -> None:
         try:
             url = httpx.URL(self.base_url)
-        except httpx.InvalidURL as e:
-            raise UserError(
-                f"{self.base_url!r} is not a URL ({e}); write for example http://127.0.0.1:8000/v1"
-            ) from None
-        if url.scheme not in ("http", "https") or not url.host:
-            raise UserError(f"{self.base_url!r} is not an http(s) URL; write for example http://127.0.0.1:8000/v1")
+            usable = url.scheme in ("http", "https") and bool(url.host)
+        except (httpx.InvalidURL, UnicodeError) as e:  # UnicodeError: a host that is no internationalised name
+            raise UserError(f"{self.base_url!r} is not a URL ({e}); example: http://127.0.0.1:8000/v1") from None
+        if not usable:
+            raise UserError(f"{self.base_url!r} is not an http(s) URL; example: http://127.0.0.1:8000/v1")
         if self.max_concurrency < 1 or self.max_retries < 0:
             raise UserError("an endpoint needs max_concurrency of at least 1 and max_retries of at least 0")
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
