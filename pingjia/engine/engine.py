@@ -1,0 +1,419 @@
+"""The engine: accepts requests, and in each step moves all of them on. What it is made of is in the files around.
+
+Every accepted request ends exactly once: its last chunk, and only that, has a finish_reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import random
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from pingjia.chat import Tokenizer, load_tokenizer
+from pingjia.engine import sequence as sequences
+from pingjia.engine.answer import Answer
+from pingjia.engine.kv import KVPool, LayerShape, free_bytes
+from pingjia.engine.limits import Limits, resolve
+from pingjia.engine.pages import PageAllocator
+from pingjia.engine.prompts import Prompts, as_requests
+from pingjia.engine.runner import Runner, probe
+from pingjia.engine.sample import Pick, Sampler, pick
+from pingjia.engine.scheduler import Scheduler, Seats
+from pingjia.engine.sequence import Slice
+from pingjia.engine.served import Base, Served
+from pingjia.engine.settings import EngineSettings
+from pingjia.errors import EngineError, ModelError, PromptTooLong, RequestError
+from pingjia.models import Family, family_of, load_model, max_model_len, use_packed_attention
+from pingjia.types import Chunk, Completion, EngineStats, ModelCard, Prompt, Request, Sampling, Usage
+
+_log = logging.getLogger(__name__)
+Done = list[tuple[Slice, Pick | None]]
+
+
+@dataclass(slots=True)
+class _Live:
+    """An accepted request that has not ended."""
+
+    request: Request
+    sequence: sequences.Sequence
+    sampler: Sampler
+    answer: Answer
+    is_counted: bool = False
+
+    @property
+    def num_cached(self) -> int:
+        return self.sequence.num_cached or 0
+
+
+class Default(Enum):
+    """The value of an argument that was not given, where None has a meaning of its own."""
+
+    ADAPTER = "the engine's own adapter, else the base"
+
+
+class Engine:
+    """A model that answers many requests at once (pingjia.types.Generator). Safe to use from several threads.
+
+    model: a directory, .gguf file or packaged name, or a loaded network, which the engine then takes over (its own
+    `generate` no longer works); a loaded network needs `tokenizer`. adapter: a PEFT directory that `generate` and
+    `stream` use unless told otherwise. bits, dtype, device: as in pingjia.models.load_model.
+    Raises ModelError, or RecipeError when the settings cannot be kept.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        *,
+        adapter: str | Path | None = None,
+        bits: int | None = None,
+        dtype: str = "auto",
+        device: str = "cpu",
+        tokenizer: Tokenizer | None = None,
+        settings: EngineSettings | None = None,
+    ) -> None:
+        settings = settings or EngineSettings()
+        if isinstance(model, PreTrainedModel):
+            base = _given(model, tokenizer)
+        else:
+            base = _loaded(model, tokenizer, dtype=dtype, device=device, bits=bits)
+        self.tokenizer = base.tokenizer
+        self._family, self._config = family_of(base.model), base.model.config
+        use_packed_attention(base.model.eval())
+        layers, self._vocab_size = probe(base.model, self._family, self.tokenizer.render_text("1"))
+        self.limits = _limits(settings, base.model, layers)
+        num_pages = self.limits.kv_cache_tokens // settings.page_size
+        self._page_size = settings.page_size
+        self._pages = PageAllocator(num_pages, reuse=settings.prefix_caching)
+        self._scheduler = Scheduler(_seats(settings, self._family), self._pages)
+        self._pool = KVPool(layers, num_pages, settings.page_size)
+        self._served = Served(base, self.limits.max_model_len)
+        self._runner = Runner(base.model, self._family, self._pool, self._served.rows)
+        self._seeds = random.Random(settings.seed)  # noqa: S311  not a secret
+        self._live: dict[str, _Live] = {}
+        self._boxes: dict[str, deque[tuple[str, Chunk]]] = {}
+        self._outbox: list[tuple[str, Chunk]] = []
+        self._arrivals = itertools.count()
+        self._own_ids = (f"embedded-{n}" for n in itertools.count())
+        self._lock = threading.RLock()
+        self._stats = EngineStats(kv_tokens_total=self.limits.kv_cache_tokens)
+        self._last_step_at = time.monotonic()
+        self.step_tokens: dict[str, int] = {}
+        """Tokens computed for each request in the latest step."""
+        self.default_adapter: str | None = None
+        if adapter is not None:
+            self.default_adapter = Path(adapter).resolve().name
+            self.load_adapter(self.default_adapter, adapter)
+
+    # ---- answering in the caller's own thread
+
+    def generate(
+        self,
+        prompts: Prompts,
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        on_done: Callable[[int, Completion], None] | None = None,
+        adapter: str | Default | None = Default.ADAPTER,
+    ) -> list[Completion]:
+        """Answer every prompt, in order; `on_done(index, completion)` is called as each one ends.
+
+        prompts: strings (continued as they are) or conversations (through the chat template); a single one of either
+        counts as one prompt. adapter: a served name, None for the base; by default the engine's own, else the base.
+        Raises RequestError before anything is computed, EngineError at the end when an answer failed.
+        """
+        requests = self._requests(prompts, sampling, adapter)
+        place = {request.id: index for index, request in enumerate(requests)}
+        chunks: list[list[Chunk]] = [[] for _ in requests]
+        answers: dict[int, Completion] = {}
+        for request_id, chunk in self._follow(requests):
+            index = place[request_id]
+            chunks[index].append(chunk)
+            if chunk.finish_reason is not None:
+                answers[index] = _join(chunks[index])
+                if on_done is not None:
+                    on_done(index, answers[index])
+        _raise_failed(chunks)
+        return [answers[index] for index in range(len(requests))]
+
+    def stream(
+        self, prompt: Prompt, sampling: Sampling | None = None, *, adapter: str | Default | None = Default.ADAPTER
+    ) -> Iterator[Chunk]:
+        """Yield the answer to one prompt piece by piece; the last chunk has `finish_reason`. Closing it cancels."""
+        requests = self._requests([prompt], sampling, adapter)
+        for _, chunk in self._follow(requests):
+            yield chunk
+
+    def _requests(
+        self, prompts: Prompts, sampling: Sampling | Sequence[Sampling] | None, adapter: str | Default | None
+    ) -> list[Request]:
+        name = self.default_adapter if isinstance(adapter, Default) else adapter
+        return as_requests(prompts, sampling, name, self.tokenizer, self._own_ids)
+
+    def _follow(self, requests: list[Request]) -> Iterator[tuple[str, Chunk]]:
+        """Add the requests, step until all have ended, yield their chunks on the way. Leaves none behind."""
+        box: deque[tuple[str, Chunk]] = deque()
+        unfinished = {request.id for request in requests}
+        try:
+            for request in requests:
+                self._boxes[request.id] = box
+                self.add(request)
+            while unfinished:
+                with self._lock:  # another thread's step may already have brought something
+                    if not box:
+                        self._route(self._step())
+                while box:
+                    request_id, chunk = box.popleft()
+                    if chunk.finish_reason is not None:
+                        unfinished.discard(request_id)
+                    yield request_id, chunk
+        finally:
+            with self._lock:
+                for request in requests:
+                    self._boxes.pop(request.id, None)
+                    if request.id in unfinished and request.id in self._live:
+                        self._drop(self._live[request.id])
+
+    # ---- requests, one by one
+
+    def add(self, request: Request) -> None:
+        """Accept a request; it joins at the next step.
+
+        Raises RequestError (PromptTooLong with both numbers, ModelNotFound); then nothing has been accepted.
+        """
+        with self._lock:
+            digest = self._check(request)
+            prompt_ids = request.prompt_ids
+            sequence = sequences.Sequence(
+                request.id,
+                next(self._arrivals),
+                list(prompt_ids),
+                root=self._root(digest, prompt_ids),
+                prefix_len=self._family.prefix_len(self._config, prompt_ids),
+                adapter=digest,
+            )
+            seed = request.sampling.seed if request.sampling.seed is not None else self._seeds.getrandbits(63)
+            sampler = Sampler(request.sampling, prompt_ids, seed)
+            answer = Answer(request.sampling, self.tokenizer.stop_ids, self.tokenizer.stream(), len(prompt_ids))
+            self._live[request.id] = _Live(request, sequence, sampler, answer)
+            self._scheduler.add(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request before the next step; that step reports its last chunk. Unknown and ended ids are no error."""
+        with self._lock:
+            live = self._live.get(request_id)
+            if live is not None:
+                self._drop(live)
+                self._route([(request_id, live.answer.end("cancelled", live.num_cached))])
+
+    def step(self) -> list[tuple[str, Chunk]]:
+        """Compute one step; return what is new, by request id. Without work it returns at once.
+
+        When the network fails, the requests of that step end with finish_reason "error" and the others go on.
+        """
+        with self._lock:
+            self._route(self._step())
+            news, self._outbox = self._outbox, []
+            return news
+
+    def has_work(self) -> bool:
+        """Whether `step` would bring anything."""
+        return bool(self._live or self._outbox)
+
+    # ---- what is served
+
+    def models(self) -> list[ModelCard]:
+        """The base model, then the adapters."""
+        return self._served.cards()
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt plus answer that one request may have."""
+        return self.limits.max_model_len
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Serve the PEFT adapter in directory `path` as `name`, also while requests run.
+
+        Raises ModelError when it cannot be served as it is, or when `name` is in use with other weights.
+        """
+        with self._lock:
+            self._served.load(name, path, self._num_users(name))
+
+    def unload_adapter(self, name: str) -> None:
+        """Stop serving an adapter. Raises ModelNotFound, or ModelError while requests use it."""
+        with self._lock:
+            self._served.unload(name, self._num_users(name))
+
+    def stats(self) -> EngineStats:
+        """A snapshot, taken without waiting for the step in progress."""
+        return replace(
+            self._stats,
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            kv_tokens_used=self._pages.num_owned * self._page_size,
+            seconds_since_step=time.monotonic() - self._last_step_at,
+        )
+
+    # ---- the heart
+
+    def _step(self) -> list[tuple[str, Chunk]]:
+        started, self.step_tokens = time.monotonic(), {}
+        plan = self._scheduler.plan()  # pure: who runs, how many tokens each
+        if not plan:
+            return []
+        done, broken = self._compute(plan)  # the only line that touches the device
+        self._scheduler.commit((piece, picked.token_id if picked else None) for piece, picked in done)
+        self._count(plan, done, started)
+        return [*self._report(done), *(self._fail(piece, error) for piece, error in broken.items())]
+
+    @torch.inference_mode()
+    def _compute(self, plan: list[Slice]) -> tuple[Done, dict[Slice, str]]:
+        """Run the plan and choose tokens; return the slices that went well, and those that did not with the reason."""
+        try:
+            logits = self._runner.run(plan)
+            sound = logits.sum(-1, dtype=torch.float32).isfinite().tolist()
+            rows = [row for row, piece in enumerate(plan) if piece.samples and sound[row]]
+            samplers = [self._live[plan[row].sequence.id].sampler for row in rows]
+            picks = dict(zip(rows, pick(logits if len(rows) == len(plan) else logits[rows], samplers), strict=True))
+        except Exception as e:  # whatever a network, a kernel or the allocator raises must not end the engine
+            _log.exception("a step of %d requests failed", len(plan))
+            return [], dict.fromkeys(plan, f"the engine failed: {type(e).__name__}: {_first_line(e)}")
+        done = [(piece, picks.get(row)) for row, piece in enumerate(plan) if sound[row]]
+        broken = [piece for row, piece in enumerate(plan) if not sound[row]]
+        return done, dict.fromkeys(broken, "the network's output is not a number for this request")
+
+    def _report(self, done: Done) -> Iterator[tuple[str, Chunk]]:
+        for piece, picked in done:
+            live = self._live[piece.sequence.id]
+            if picked is None:
+                continue
+            try:
+                chunk = live.answer.push(picked, live.num_cached)
+            except Exception as e:  # a token id that the tokenizer cannot decode
+                _log.exception("token %d of request %s cannot be decoded", picked.token_id, live.request.id)
+                yield self._fail(piece, f"token {picked.token_id} cannot be decoded: {e}")
+                continue
+            if chunk.finish_reason is not None:
+                self._drop(live)
+            yield live.request.id, chunk
+
+    def _fail(self, piece: Slice, error: str) -> tuple[str, Chunk]:
+        live = self._live[piece.sequence.id]
+        # What this step wrote is on pages of its own, from num_computed on; shared pages lie before.
+        self._pool.scrub(live.sequence.pages[live.sequence.num_computed // self._page_size :])
+        self._drop(live)
+        usage = Usage(live.sequence.num_prompt, live.sequence.num_tokens - live.sequence.num_prompt, live.num_cached)
+        return live.request.id, Chunk(finish_reason="error", usage=usage, error=error)
+
+    def _drop(self, live: _Live) -> None:
+        del self._live[live.request.id]
+        self._scheduler.drop(live.sequence)
+
+    def _route(self, news: list[tuple[str, Chunk]]) -> None:
+        for request_id, chunk in news:
+            self._boxes.get(request_id, self._outbox).append((request_id, chunk))
+
+    def _check(self, request: Request) -> str | None:
+        """Refuse what could never be answered; return the adapter's digest."""
+        ids, longest = request.prompt_ids, self.limits.max_model_len
+        if request.id in self._live:
+            raise RequestError(f"a request with id {request.id!r} is already running", param="id", code="duplicate_id")
+        if not ids:
+            raise RequestError("the prompt is empty; give at least one token", param="prompt")
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
+            raise RequestError(f"prompt token ids must be 0 to {self._vocab_size - 1}", param="prompt")
+        wanted = len(ids) + request.sampling.max_tokens
+        if wanted > longest:
+            raise PromptTooLong(
+                f"the prompt has {len(ids)} tokens and max_tokens is {request.sampling.max_tokens}: together {wanted}, "
+                f"but a request may have {longest} here; shorten the prompt or lower max_tokens"
+            )
+        return self._served.digest(request.adapter)
+
+    def _root(self, digest: str | None, prompt_ids: tuple[int, ...]) -> bytes:
+        """What a KV page depends on besides the tokens up to its end."""
+        root = hashlib.sha256((digest or "").encode())
+        if not self._family.causal_prompt:  # keys depend on later prompt tokens too: share for equal whole prompts only
+            root.update(array("q", prompt_ids).tobytes())
+        return root.digest()
+
+    def _num_users(self, name: str) -> int:
+        return sum(live.request.adapter == name for live in self._live.values())
+
+    def _count(self, plan: list[Slice], done: Done, started: float) -> None:
+        self.step_tokens = {piece.sequence.id: piece.num_tokens for piece in plan}
+        fresh = [live for piece in plan if not (live := self._live[piece.sequence.id]).is_counted]
+        for live in fresh:
+            live.is_counted = True
+        now, old = time.monotonic(), self._stats
+        self._stats = replace(
+            old,
+            prompt_tokens_total=old.prompt_tokens_total + sum(live.sequence.num_prompt for live in fresh),
+            cached_tokens_total=old.cached_tokens_total + sum(live.num_cached for live in fresh),
+            generation_tokens_total=old.generation_tokens_total + sum(picked is not None for _, picked in done),
+            num_steps=old.num_steps + 1,
+            compute_s_total=old.compute_s_total + now - started,
+        )
+        self._last_step_at = now
+
+
+def _limits(settings: EngineSettings, model: PreTrainedModel, layers: dict[int, LayerShape]) -> Limits:
+    return resolve(
+        settings,
+        model_len=max_model_len(model.config),
+        bytes_per_token=sum(shape.bytes_per_token for shape in layers.values()),
+        free_bytes=free_bytes(model.device),
+    )
+
+
+def _seats(settings: EngineSettings, family: Family) -> Seats:
+    return Seats(settings.max_num_seqs, settings.max_num_batched_tokens, settings.page_size, family.causal_prompt)
+
+
+def _given(model: PreTrainedModel, tokenizer: Tokenizer | None) -> Base:
+    if tokenizer is None:
+        raise ModelError("a loaded network needs its tokenizer: Engine(model, tokenizer=load_tokenizer(path))")
+    root = model.config.name_or_path or model.config.model_type
+    return Base(Path(root).name, root, model, tokenizer)
+
+
+def _loaded(path: str | Path, tokenizer: Tokenizer | None, *, dtype: str, device: str, bits: int | None) -> Base:
+    if not isinstance(path, str | Path):
+        raise ModelError(
+            f"a model is a path, a packaged name or a PreTrainedModel, not {type(path).__name__}; for a PEFT model "
+            "give the base, and its directory as adapter=..."
+        )
+    model = load_model(path, dtype=dtype, device=device, bits=bits)
+    name = Path(path).resolve().name if Path(path).exists() else str(path)
+    return Base(name.removesuffix(".gguf"), str(path), model, tokenizer or load_tokenizer(path))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _join(chunks: list[Chunk]) -> Completion:
+    last = chunks[-1]
+    return Completion(
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        finish_reason=last.finish_reason or "error",
+        usage=last.usage or Usage(),
+        logprobs=tuple(entry for chunk in chunks for entry in chunk.logprobs),
+    )
+
+
+def _raise_failed(chunks: list[list[Chunk]]) -> None:
+    errors = [answer[-1].error for answer in chunks if answer[-1].finish_reason == "error"]
+    if errors:
+        raise EngineError(f"{len(errors)} of {len(chunks)} answers failed, the first because {errors[0]}")

@@ -1,0 +1,252 @@
+"""The tensors behind the pages, and attention over them. Which page is whose is decided in pages.py.
+
+Shapes: N sequences that decode, T tokens of the step, S keys of a sequence, P pages, Z tokens per page, H query heads,
+K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from pingjia.engine.sequence import Slice
+from pingjia.models.attention import sdpa
+
+_CGROUP_MAX = Path("/sys/fs/cgroup/memory.max")
+_CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one layer keeps per token: keys and values of `num_kv_heads` x `head_dim` each."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(slots=True)
+class ShapeProbe:
+    """A PackedBatch that keeps nothing but the shapes of the keys it is shown: no config field has to be trusted."""
+
+    layers: dict[int, LayerShape] = field(default_factory=dict)
+
+    def attend(
+        self,
+        layer_idx: int,
+        q_BHTD: torch.Tensor,
+        k_BKTD: torch.Tensor,
+        v_BKTD: torch.Tensor,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+    ) -> torch.Tensor:
+        self.layers[layer_idx] = LayerShape(k_BKTD.shape[1], k_BKTD.shape[3], k_BKTD.dtype, k_BKTD.device)
+        return torch.zeros_like(q_BHTD).transpose(1, 2)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on `device` now; on the CPU also no more than this process's container may still take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    try:
+        limit = int(_CGROUP_MAX.read_text())
+        return min(free, max(limit - int(_CGROUP_USED.read_text()), 0))
+    except (OSError, ValueError):  # no cgroup, or "max": no limit
+        return free
+
+
+class KVPool:
+    """Keys and values of all pages, allocated once. Layer i: k[i], v[i] of shape [P, Z, K, D]."""
+
+    def __init__(self, layers: dict[int, LayerShape], num_pages: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.dtype = next(iter(layers.values())).dtype
+        self.device = next(iter(layers.values())).device
+        self.k = {i: _pages_like(shape, num_pages, page_size) for i, shape in layers.items()}
+        self.v = {i: _pages_like(shape, num_pages, page_size) for i, shape in layers.items()}
+        # One layer's gathered keys and values at a time: without these buffers every gather of more than some MB asks
+        # the kernel for fresh memory, which measured ten times slower than the copy itself.
+        self._scratch = {name: torch.empty(0) for name in "kv"}
+
+    def write(self, layer_idx: int, slots_T: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
+        self.k[layer_idx].flatten(0, 1).index_copy_(0, slots_T, k_TKD)
+        self.v[layer_idx].flatten(0, 1).index_copy_(0, slots_T, v_TKD)
+
+    def scrub(self, pages: list[int]) -> None:
+        """Forget the content of pages that may hold not-a-numbers: masked keys are still multiplied, by zero."""
+        for tensor in (*self.k.values(), *self.v.values()):
+            tensor[pages] = 0
+
+    def gather(self, layer_idx: int, pages_NP: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [N, K, S, D] of the first `num_keys` tokens on these pages; valid until the next gather."""
+        return (
+            self._gather("k", self.k[layer_idx], pages_NP)[:, :, :num_keys],
+            self._gather("v", self.v[layer_idx], pages_NP)[:, :, :num_keys],
+        )
+
+    def _gather(self, name: str, pool_PZKD: torch.Tensor, pages_NP: torch.Tensor) -> torch.Tensor:
+        shape = (pages_NP.numel(), *pool_PZKD.shape[1:])
+        size = pages_NP.numel() * pool_PZKD[0].numel()
+        scratch = self._scratch[name]
+        if scratch.numel() < size or scratch.dtype != pool_PZKD.dtype:
+            scratch = self._scratch[name] = pool_PZKD.new_empty(size + size // 4)
+        out = scratch[:size].view(shape)
+        torch.index_select(pool_PZKD, 0, pages_NP.flatten(), out=out)
+        return out.view(pages_NP.shape[0], -1, *shape[2:]).transpose(1, 2)
+
+
+def _pages_like(shape: LayerShape, num_pages: int, page_size: int) -> torch.Tensor:
+    """Zeros, because the unused end of a page is read too, and masked: a stale not-a-number would survive the mask."""
+    size = (num_pages, page_size, shape.num_kv_heads, shape.head_dim)
+    if shape.device.type != "cpu":
+        return torch.zeros(size, dtype=shape.dtype, device=shape.device)
+    # numpy leaves zeroing to the system: a page costs memory from its first use on, while torch.zeros touches all.
+    return torch.from_numpy(np.zeros(math.prod(size) * shape.dtype.itemsize, np.uint8)).view(shape.dtype).view(size)
+
+
+@dataclass(frozen=True, slots=True)
+class Decodes:
+    """Rows first..last-1 of the step are one token each, of sequences with about as many keys."""
+
+    first: int
+    last: int
+    pages_NP: torch.Tensor
+    num_keys: int
+    mask_N11S: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Rows first..last-1 of the step are one piece of one sequence. Without `pages_1P` it has no past."""
+
+    first: int
+    last: int
+    pages_1P: torch.Tensor | None
+    num_keys: int
+    mask_TS: torch.Tensor | None
+
+
+class PagedBatch:
+    """The pieces of one step laid end to end: a models.attention.PackedBatch over pages.
+
+    Rows are in the order of `rows`: decodes by number of pages, then the prefills.
+    """
+
+    def __init__(self, pool: KVPool, slices: list[Slice]) -> None:
+        self._pool = pool
+        self.rows = sorted(slices, key=_decodes_by_pages)
+        self._slots_T = _slots(self.rows, pool.page_size).to(pool.device)
+        self._parts = _parts(self.rows, pool)
+
+    def attend(
+        self,
+        layer_idx: int,
+        q_BHTD: torch.Tensor,
+        k_BKTD: torch.Tensor,
+        v_BKTD: torch.Tensor,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+    ) -> torch.Tensor:
+        """Write the new keys and values to their pages and let every row see what it may; o_BTHD."""
+        self._pool.write(layer_idx, self._slots_T, k_BKTD[0].transpose(0, 1), v_BKTD[0].transpose(0, 1))
+        outputs = [self._attend_part(part, layer_idx, q_BHTD, k_BKTD, v_BKTD, scaling) for part in self._parts]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _attend_part(
+        self, part: Decodes | Prefill, layer_idx: int,
+        q_BHTD: torch.Tensor, k_BKTD: torch.Tensor, v_BKTD: torch.Tensor, scaling: float,
+    ) -> torch.Tensor:  # fmt: skip
+        rows = slice(part.first, part.last)
+        if isinstance(part, Decodes):
+            k_NKSD, v_NKSD = self._pool.gather(layer_idx, part.pages_NP, part.num_keys)
+            q_NH1D = q_BHTD[:, :, rows].permute(2, 1, 0, 3)
+            o_NH1D = sdpa(q_NH1D, k_NKSD, v_NKSD, mask=part.mask_N11S, is_causal=False, scaling=scaling)
+            return o_NH1D.permute(2, 0, 1, 3)
+        if part.pages_1P is None:
+            k, v = k_BKTD[:, :, rows], v_BKTD[:, :, rows]
+        else:
+            k, v = self._pool.gather(layer_idx, part.pages_1P, part.num_keys)
+        is_causal = part.mask_TS is None
+        return sdpa(q_BHTD[:, :, rows], k, v, mask=part.mask_TS, is_causal=is_causal, scaling=scaling).transpose(1, 2)
+
+
+def _decodes_by_pages(piece: Slice) -> tuple[bool, int]:
+    is_prefill = piece.num_tokens > 1
+    return is_prefill, 0 if is_prefill else piece.stop
+
+
+def _slots(rows: list[Slice], page_size: int) -> torch.Tensor:
+    """int64 [T]: where each token's keys and values go, counted in tokens from the start of the pool."""
+    slots: list[int] = []
+    for piece in rows:
+        pages = piece.sequence.pages
+        slots.extend(pages[i // page_size] * page_size + i % page_size for i in range(piece.start, piece.stop))
+    return torch.tensor(slots)
+
+
+def _parts(rows: list[Slice], pool: KVPool) -> list[Decodes | Prefill]:
+    decodes = [piece for piece in rows if piece.num_tokens == 1]
+    parts: list[Decodes | Prefill] = []
+    for first, last in pairwise(_group_ends([-(-d.stop // pool.page_size) for d in decodes])):
+        parts.append(_decodes(rows[first:last], first, pool))
+    start = len(decodes)
+    for piece in rows[start:]:
+        parts.append(_prefill(piece, start, pool))
+        start += piece.num_tokens
+    return parts
+
+
+def _group_ends(num_pages: list[int]) -> list[int]:
+    """Cut an ascending list where padding to the last of a group would more than double the first: 0, ..., len."""
+    ends = [0]
+    for i, pages in enumerate(num_pages):
+        if pages > 2 * num_pages[ends[-1]] + 4:
+            ends.append(i)
+    return [*ends, len(num_pages)] if num_pages else []
+
+
+def _decodes(rows: list[Slice], first: int, pool: KVPool) -> Decodes:
+    lengths = [piece.stop for piece in rows]
+    width = -(-max(lengths) // pool.page_size)
+    # Page 0 stands in where a shorter sequence has none; the mask hides it.
+    table = [(piece.sequence.pages + [0] * width)[:width] for piece in rows]
+    mask = None
+    if min(lengths) < max(lengths):
+        mask = _additive(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None, None, None], pool)
+    return Decodes(first, first + len(rows), torch.tensor(table, device=pool.device), max(lengths), mask)
+
+
+def _prefill(piece: Slice, first: int, pool: KVPool) -> Prefill:
+    last, prefix_len = first + piece.num_tokens, piece.sequence.prefix_len
+    two_way = piece.start + 1 < prefix_len
+    mask = _additive(visible(piece.start, piece.stop, prefix_len), pool) if piece.start or two_way else None
+    if not piece.start:
+        return Prefill(first, last, None, piece.stop, mask)
+    pages = piece.sequence.pages[: -(-piece.stop // pool.page_size)]
+    return Prefill(first, last, torch.tensor([pages], device=pool.device), piece.stop, mask)
+
+
+def visible(start: int, stop: int, prefix_len: int) -> torch.Tensor:
+    """bool [stop - start, stop]: the keys that tokens start..stop-1 may see: those before, and the two-way prefix."""
+    assert start >= prefix_len or stop >= prefix_len, "a two-way prefix must not be cut"
+    key = torch.arange(stop)
+    return (key <= torch.arange(start, stop)[:, None]) | (key < prefix_len)
+
+
+def _additive(seen: torch.Tensor, pool: KVPool) -> torch.Tensor:
+    """0 where seen, -inf elsewhere: made once per step, so that no layer has to convert a bool mask."""
+    return torch.zeros(seen.shape, dtype=pool.dtype).masked_fill_(~seen, -torch.inf).to(pool.device)

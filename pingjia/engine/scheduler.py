@@ -1,0 +1,189 @@
+"""Who runs in the next step, and how many tokens of each. Pure: knows neither torch nor text nor time.
+
+Guarantees, each asserted by tests/engine/test_simulation.py:
+- A new request joins at the next step; all running answers get one token per step, whatever prompts arrive.
+- The oldest unfinished request is part of every step, so every request ends after finitely many.
+- Pages are claimed by age: when they run out, the youngest is put back to wait. It loses time, never tokens.
+- A short prompt does not queue behind a flood of long ones (`_overtake`), and costs those at most half of each step.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+
+from pingjia.engine.pages import PageAllocator
+from pingjia.engine.sequence import Sequence, Slice
+
+_BY_AGE = attrgetter("arrival")
+
+
+@dataclass(frozen=True, slots=True)
+class Seats:
+    """What one step may hold. `causal_prompt` False: a prompt is computed whole, or not at all."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    causal_prompt: bool = True
+
+
+class Scheduler:
+    """Two lists, both ordered by arrival: `running` own pages, `waiting` own none."""
+
+    def __init__(self, seats: Seats, pages: PageAllocator) -> None:
+        self.seats = seats
+        self.pages = pages
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self.num_preemptions = 0
+        self._plan: dict[Sequence, Slice] = {}
+
+    def add(self, sequence: Sequence) -> None:
+        """Accept a sequence. It must fit the pool alone with all it may generate: the engine has checked that."""
+        bisect.insort(self.waiting, sequence, key=_BY_AGE)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Forget a sequence (finished, cancelled or failed) and give its pages back. Not between plan and commit."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self._release(sequence)
+
+    def plan(self) -> list[Slice]:
+        """Choose the next step: decodes first, then prompts by age within the token budget. Empty only when idle."""
+        self._plan = {}
+        self._decode()
+        budget = max(self.seats.max_num_batched_tokens - len(self._plan), 1)
+        self._prefill(budget - self._overtake(budget // 2))
+        return list(self._plan.values())
+
+    def commit(self, done: Iterable[tuple[Slice, int | None]]) -> None:
+        """Record what was computed: slices of the last plan, each with the token sampled after it, if it samples.
+
+        A slice left out has failed. Its sequence must be dropped: its keys and values never become findable.
+        """
+        for piece, token in done:
+            assert (token is not None) == piece.samples
+            self._advance(piece)
+            if token is not None:
+                piece.sequence.tokens.append(token)
+
+    def _advance(self, piece: Slice) -> None:
+        sequence, size = piece.sequence, self.seats.page_size
+        first, last = sequence.num_computed // size, piece.stop // size
+        sequence.num_computed = piece.stop
+        keys = sequence.keys(last, size)
+        for index in range(first, last):
+            self.pages.register(sequence.pages[index], keys[index])
+
+    def _decode(self) -> None:
+        for sequence in list(self.running):
+            if sequence.remaining == 1 and sequence.pages and self._grow(sequence):
+                self._give(sequence, 1)
+
+    def _overtake(self, budget: int) -> int:
+        """Serve prompts that fit `budget` whole though older ones wait; return the tokens given away.
+
+        Whoever overtakes leaves the first in the queue a seat and its pages, so age still decides who gets those.
+        """
+        spent = 0
+        for sequence in self._prefilling_by_age()[1:]:
+            if spent + sequence.remaining > budget:
+                continue
+            if not sequence.pages and not self._admit_spare(sequence):
+                break
+            spent += self._give(sequence, sequence.remaining)
+        return spent
+
+    def _prefill(self, budget: int) -> None:
+        for place, sequence in enumerate(self._prefilling_by_age()):
+            if sequence in self._plan:
+                continue
+            if budget <= 0 or not (sequence.pages or self._admit(sequence)):
+                break
+            num_tokens = self._piece(sequence, budget, may_exceed=place == 0)
+            if num_tokens == 0:
+                break
+            budget -= self._give(sequence, num_tokens)
+
+    def _prefilling_by_age(self) -> list[Sequence]:
+        prefilling = [s for s in self.running if s not in self._plan]
+        return sorted(prefilling + self.waiting, key=_BY_AGE) if prefilling else list(self.waiting)
+
+    def _piece(self, sequence: Sequence, budget: int, may_exceed: bool) -> int:
+        """Tokens to compute now; 0 when a prompt that must go whole has to wait for a step with more room."""
+        # GLM-1 attends both ways inside the prompt: keys depend on *later* prompt tokens too, so no part goes alone.
+        indivisible = 0 if self.seats.causal_prompt else max(sequence.num_prompt - sequence.num_computed, 0)
+        if indivisible > budget:
+            return indivisible if may_exceed else 0
+        return min(sequence.remaining, budget)
+
+    def _give(self, sequence: Sequence, num_tokens: int) -> int:
+        start, stop = sequence.num_computed, sequence.num_computed + num_tokens
+        self._plan[sequence] = Slice(sequence, start, stop, samples=stop == sequence.num_tokens)
+        return num_tokens
+
+    def _admit_spare(self, sequence: Sequence) -> bool:
+        """Admit a sequence out of turn, if the first in the queue could still be admitted after it."""
+        first = self.waiting[0]
+        if sequence is first:
+            return self._admit(sequence)
+        seats = self.seats.max_num_seqs - len(self.running)
+        pages = self.pages.num_free - self._num_pages(first) - self._num_pages(sequence)
+        return seats >= 2 and pages >= 0 and self._admit(sequence)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Seat a waiting sequence with pages for all its tokens, cached ones shared. False: it goes on waiting."""
+        if len(self.running) >= self.seats.max_num_seqs:
+            return False
+        shared = self.pages.match(
+            sequence.keys((sequence.num_tokens - 1) // self.seats.page_size, self.seats.page_size)
+        )
+        self.pages.take(shared)
+        need = self._num_pages(sequence) - len(shared)
+        if not self._make_room(sequence, need):
+            self.pages.release(shared)
+            return False
+        self._seat(sequence, shared, self.pages.allocate(need))
+        return True
+
+    def _seat(self, sequence: Sequence, shared: list[int], fresh: list[int]) -> None:
+        self.waiting.remove(sequence)
+        bisect.insort(self.running, sequence, key=_BY_AGE)
+        sequence.pages = shared + fresh
+        sequence.num_computed = len(shared) * self.seats.page_size
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Own the page of the next token. False: there is none, and the sequence now waits itself."""
+        need = self._num_pages(sequence) - len(sequence.pages)
+        if not self._make_room(sequence, need):
+            self._preempt(sequence)
+            return False
+        sequence.pages += self.pages.allocate(need)
+        return True
+
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
+        """Have `count` pages free, preempting sequences younger than this one, youngest first, if that is enough."""
+        younger = [s for s in self.running if s.arrival > sequence.arrival]
+        if self.pages.num_free + sum(len(s.pages) for s in younger) < count:
+            return False
+        while self.pages.num_free < count and younger:
+            self._preempt(younger.pop())
+        return self.pages.num_free >= count
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preemptions += 1
+        self._plan.pop(sequence, None)
+        self.running.remove(sequence)
+        self._release(sequence)
+        bisect.insort(self.waiting, sequence, key=_BY_AGE)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pages.release(sequence.pages)
+        sequence.pages, sequence.num_computed = [], 0
+
+    def _num_pages(self, sequence: Sequence) -> int:
+        return -(-sequence.num_tokens // self.seats.page_size)
