@@ -367,6 +367,18 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
+    @staticmethod
+    def create_masks_for_generate(
+        config: ChatGLMConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor,
+        **_: Any,
+    ) -> Any:
+        """The mask that generation makes in advance for caches of fixed size; without this it would be causal."""
+        return glm_mask(config, inputs_embeds, attention_mask, position_ids, past_key_values)
+
 
 def prefix_cache(config: ChatGLMConfig, prefix: torch.Tensor, batch_size: int) -> DynamicCache:
     """A cache that opens with a P-Tuning v2 prefix, for `past_key_values`.

@@ -33,7 +33,7 @@ def test_every_figure_is_within_its_tolerance(parity: ModuleType) -> None:
 
 
 def test_a_wrong_network_does_not_pass(parity: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The traps of this family, each planted: the depth's own alpha, the exact GELU, frequencies not rounded to fp16."""
+    """Traps of this family, each planted: the depth's own alpha, the exact GELU, frequencies not rounded to fp16."""
     import torch.nn.functional as F
 
     from pingjia.models import chatglm
