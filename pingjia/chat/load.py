@@ -36,9 +36,9 @@ def load_tokenizer(path: str | Path, *, template: str | None = None) -> Tokenize
     if _is_chatglm(found):
         if template is not None:
             raise ModelError(f"{found}: ChatGLM models have one fixed form of conversation; leave template out")
-        from pingjia.chat import chatglm
+        from pingjia.chat.chatglm import load as load_chatglm
 
-        return chatglm.load(found)
+        return load_chatglm(found)
     return HFTokenizer(_parts_of_directory(found, template))
 
 

@@ -4,10 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "CheckReport",
+    "Prepared",
     "Problem",
     "check_files",
     "encode_examples",
     "fingerprint",
+    "prepare",
     "read_examples",
     "resolve",
 ]
@@ -16,15 +18,18 @@ if TYPE_CHECKING:
     from pingjia.data.check import CheckReport, check_files
     from pingjia.data.encode import encode_examples
     from pingjia.data.files import fingerprint, resolve
+    from pingjia.data.prepared import Prepared, prepare
     from pingjia.data.problems import Problem
     from pingjia.data.read import read_examples
 
 _HOMES = {
     "CheckReport": "check",
+    "Prepared": "prepared",
     "Problem": "problems",
     "check_files": "check",
     "encode_examples": "encode",
     "fingerprint": "files",
+    "prepare": "prepared",
     "read_examples": "read",
     "resolve": "files",
 }

@@ -17,6 +17,7 @@ from pingjia.data.encoding import BOM_UTF8, Decoder, starts_as_utf16
 
 MAX_ROW_BYTES = 16 << 20
 _CHUNK_BYTES = 1 << 16
+_MAX_SHOWN = 1000  # of a row over the limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +30,16 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is wrong with a row or a file (line 0). `lost` is False for a remark: the row is there nevertheless."""
+    """What is wrong with a row or a file (line 0). `lost` is False for a remark: the row is there nevertheless.
+
+    `text` is the row as it stands in the file, as far as it was read; bytes that are no text are written \\xNN.
+    """
 
     line: int
     field: str
     reason: str
     lost: bool = True
+    text: str = ""
 
 
 def read_rows(path: Path) -> Iterator[Row | Fault]:
@@ -85,20 +90,26 @@ def _read_lines(file: BinaryIO, decoder: Decoder) -> Iterator[Row | Fault]:
         number += 1
         if len(data) > MAX_ROW_BYTES:
             size = len(data) + _skip_line(file)
-            yield Fault(number, "line", f"has {size:,} bytes; the limit is {MAX_ROW_BYTES:,}")
+            reason = f"has {size:,} bytes; the limit is {MAX_ROW_BYTES:,}"
+            yield Fault(number, "line", reason, text=_shown(data[:_MAX_SHOWN]))
             continue
         if not data.strip():
             continue
         if number == 1 and data.strip() == b"{":
-            yield Fault(1, "json", "the object is spread over several lines; write one object per line (JSON Lines)")
+            yield Fault(0, "json", "the object is spread over several lines; write one object per line (JSON Lines)")
             return
         try:
             text = decoder.decode(data)
         except UnicodeDecodeError as e:
             kind = "GB18030" if decoder.is_gb else "UTF-8"
-            yield Fault(number, "encoding", f"byte {e.start + 1} of the line is no {kind} text, which the file is")
+            reason = f"byte {e.start + 1} of the line is no {kind} text, which the file is"
+            yield Fault(number, "encoding", reason, text=_shown(data))
             continue
         yield _parse(text.strip(), number)
+
+
+def _shown(data: bytes) -> str:
+    return data.decode("utf-8", "backslashreplace").strip()
 
 
 def _skip_line(file: BinaryIO) -> int:
@@ -133,19 +144,21 @@ def _read_array(file: BinaryIO, decoder: Decoder) -> Iterator[Row | Fault]:
 
 
 def _check_element(element: _Element, *, behind_array: bool) -> Row | Fault:
-    if behind_array:
-        return Fault(element.line, "json", "there is text behind the end of the array")
-    if not element.is_closed:
-        return Fault(element.line, "json", "the file ends before the array does; the row that begins here is not whole")
-    if element.size > MAX_ROW_BYTES:
-        reason = f"row has {element.size:,} characters; the limit is {MAX_ROW_BYTES:,}"
-        return Fault(element.line, "line", reason)
     text = element.text.strip()
-    if not text:
-        return Fault(element.line, "json", "there is nothing between two commas")
-    if any("\udc80" <= c <= "\udcff" for c in text):
-        return Fault(element.line, "encoding", "the row holds bytes that are no text in the file's encoding")
-    return _parse(text, element.line)
+    field, reason = "json", ""
+    if behind_array:
+        reason = "there is text behind the end of the array"
+    elif not element.is_closed:
+        reason = "the file ends before the array does; the row that begins here is not whole"
+    elif element.size > MAX_ROW_BYTES:
+        field, reason = "line", f"row has {element.size:,} characters; the limit is {MAX_ROW_BYTES:,}"
+    elif not text:
+        reason = "there is nothing between two commas"
+    elif any("\udc80" <= c <= "\udcff" for c in text):
+        field, reason = "encoding", "the row holds bytes that are no text in the file's encoding"
+    if not reason:
+        return _parse(text, element.line)
+    return Fault(element.line, field, reason, text=_shown(text.encode("utf-8", "surrogateescape")))
 
 
 def _stretches(file: BinaryIO, decoder: Decoder) -> Iterator[str]:
@@ -230,7 +243,7 @@ class _Splitter:
         self._num_breaks += text.count("\n")
         self._held.append(text)
         if self._size > MAX_ROW_BYTES:
-            self._held = [self._held[0][:1000]]  # enough to find the line of its beginning
+            self._held = [self._held[0][:_MAX_SHOWN]]  # enough to find the line of its beginning
 
     def _take(self, border: str) -> _Element | None:
         """The element that a border ends, if there is one."""
@@ -257,13 +270,14 @@ def _parse(text: str, line: int) -> Row | Fault:
     try:
         value = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as e:
-        return Fault(line + e.lineno - 1, "json", f"not valid JSON: {e.msg} (column {e.colno})")
+        return Fault(line + e.lineno - 1, "json", f"not valid JSON: {e.msg} (column {e.colno})", text=text)
     except _GivenTwice as e:
-        return Fault(line, str(e), "given twice in one object; keep one")
+        return Fault(line, str(e), "given twice in one object; keep one", text=text)
     except (ValueError, RecursionError):  # a number of thousands of digits, or thousands of brackets
-        return Fault(line, "json", "a number or a nesting too long to read")
+        return Fault(line, "json", "a number or a nesting too long to read", text=text)
     if not isinstance(value, dict):
-        return Fault(line, "json", f"a row must be an object {{...}}, not a {type(value).__name__}")
+        reason = f"a row must be an object {{...}}, not a {type(value).__name__}"
+        return Fault(line, "json", reason, text=text)
     return Row(line, value)
 
 
