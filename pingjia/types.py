@@ -136,7 +136,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """log p of a chosen token and of the best alternatives, natural logarithm, after temperature 1 (the model's own)."""
+    """ln p of a chosen token and of the best alternatives, as the model gives them (temperature 1)."""
 
     token_id: int
     logprob: float
@@ -145,7 +145,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of a streamed answer. `text` never holds half a character. The last one, and only it, has `finish_reason`."""
+    """A piece of a streamed answer; never half a character. The last one, and only it, has `finish_reason`."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
@@ -14,6 +14,8 @@ from pingjia.cli.console import console, duration, megabytes
 from pingjia.cli.schema import Recipe, load_recipe
 from pingjia.cli.train import Overrides
 from pingjia.errors import PingjiaError
+
+T = TypeVar("T")
 
 # The smallest machine the sample recipe was run on, and what the published plan recommends for ChatGLM-6B.
 MIN_MEMORY_BYTES = 6e9
@@ -36,7 +38,7 @@ def doctor(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> int:
-    """Check this machine; with a recipe, rehearse it: data, longest batch forward and backward, save, reload, answer."""
+    """Check this machine; with a recipe, rehearse it: data, longest batch, save, reload, answer."""
     findings = []
     for finding in _findings(recipe, overrides or []):
         findings.append(finding)
@@ -74,7 +76,7 @@ def _findings(recipe: Path | None, overrides: list[str]) -> Iterator[Finding]:
             return
 
 
-def _attempt[T](name: str, check: Callable[[], T]) -> T | Finding:
+def _attempt(name: str, check: Callable[[], T]) -> T | Finding:
     try:
         return check()
     except PingjiaError as e:
@@ -92,7 +94,8 @@ def _machine() -> Iterator[Finding]:
     if missing:
         yield Finding("packages", "bad", f"missing: {', '.join(missing)}", "pip install 'pingjia[model]'")
     else:
-        yield Finding("packages", "ok", f"torch {found.packages['torch']}, transformers {found.packages['transformers']}, peft {found.packages['peft']}")  # fmt: skip
+        names = ("torch", "transformers", "peft")
+        yield Finding("packages", "ok", ", ".join(f"{name} {found.packages[name]}" for name in names))
     yield _memory(found.memory_available_bytes or found.memory_bytes)
     yield _disk(found.disk_free_bytes, found.disk_path)
     sets = " ".join(found.cpu_instruction_sets)
@@ -179,8 +182,9 @@ def _check_training(recipe: Recipe) -> str:
 
     found = rehearse(recipe.model, recipe.data, recipe.tune)
     return (
-        f"longest batch {found.batch_tokens} tokens: {found.seconds:.2f} s an update, peak {megabytes(found.peak_bytes)}; "
-        f"adapter saved and read back bit by bit; whole run ({found.num_steps} updates) about {duration(found.seconds_estimated)}"
+        f"longest batch {found.batch_tokens} tokens: {found.seconds:.2f} s an update, peak "
+        f"{megabytes(found.peak_bytes)}; adapter saved and read back bit by bit; "
+        f"whole run ({found.num_steps} updates) about {duration(found.seconds_estimated)}"
     )
 
 

@@ -43,7 +43,7 @@ def evaluate(
 
 
 def compare_recipe(recipe: Recipe) -> Comparison:
-    """Before and after on one engine: the base, then the adapter beside it. Saves reports and pages; feeds the ledger."""
+    """Before and after on one engine: the base, then the adapter beside it. Saves reports and pages."""
     from pingjia import Engine
     from pingjia.evaluate import compare, save_comparison
     from pingjia.ledger import Ledger
@@ -54,13 +54,18 @@ def compare_recipe(recipe: Recipe) -> Comparison:
     folder = report_dir(recipe)
     reports: list[EvalReport] = []
     with Meter() as loading:
+        model = recipe.model
         engine = Engine(
-            recipe.model.model_name_or_path, adapter=recipe.tune.output_dir, settings=recipe.engine, dtype=recipe.model.dtype, device=recipe.model.device
-        )  # fmt: skip
+            model.model_name_or_path,
+            adapter=recipe.tune.output_dir,
+            settings=recipe.engine,
+            dtype=model.dtype,
+            device=model.device,
+        )
     loading_s = loading.seconds
-    for name, model in (("before", None), ("after", engine.models()[-1].id)):
+    for name, adapter in (("before", None), ("after", engine.models()[-1].id)):
         with Meter() as meter:
-            report = _ask(questions, _On(engine, model), settings, f"{name:<6}")
+            report = _ask(questions, _On(engine, adapter), settings, f"{name:<6}")
         report.save(folder / f"{name}.json")
         fact = report.fact(f"eval.{name}", run=run)
         ledger.append(_with_time(fact, meter.seconds + loading_s, meter.peak_bytes))

@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 import traceback
+import warnings
 
 import click
 import typer
@@ -57,6 +58,9 @@ def main() -> None:
 
 def invoke(arguments: list[str], *, debug: bool = False) -> int:
     """Run one command line and return its exit code; every error has been printed by then."""
+    if not debug:
+        # Notices of transformers and peft to their own developers; they would stand between our lines.
+        warnings.filterwarnings("ignore", module=r"(transformers|peft|accelerate)(\.|$)")
     try:
         result = app(args=arguments, prog_name="pingjia", standalone_mode=False)
         return result if isinstance(result, int) else 0

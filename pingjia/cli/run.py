@@ -88,7 +88,7 @@ class Road:
         data_verb.print_report(report, indent="  ")
         if not report.ok:
             raise DataError(
-                f"{report.num_problems} problems in the data; correct them, or let `pingjia data prepare` set those rows aside"
+                f"{report.num_problems} problems; correct them, or let `pingjia data prepare` set those rows aside"
             )
         Ledger(ledger_path(self._recipe)).append(
             Fact(
@@ -105,7 +105,8 @@ class Road:
         from pingjia import data
 
         recipe = self._recipe
-        parts = [data.fingerprint([*recipe.data.dataset, *recipe.data.eval_dataset]), recipe.data.model_dump(), recipe.model.model_dump(), recipe.tune.model_dump()]  # fmt: skip
+        files = data.fingerprint([*recipe.data.dataset, *recipe.data.eval_dataset])
+        parts = [files, recipe.data.model_dump(), recipe.model.model_dump(), recipe.tune.model_dump()]
         inputs = digest(TRAIN_ROOMS, *parts)
         if (done := self._stages.result("train", inputs)) is not None and (self._output_dir / "pingjia.json").is_file():
             console.print(
@@ -162,7 +163,7 @@ class Road:
 
     @contextmanager
     def _server(self) -> Iterator[str]:
-        """`pingjia serve` as a user would start it, in its own process; stopped by SIGTERM and its exit code checked."""
+        """`pingjia serve` as a user would start it, in its own process; stopped by SIGTERM, exit code checked."""
         log = self._output_dir / "serve.log"
         serve = self._recipe.serve
         command = [sys.executable, "-m", "pingjia.cli.main", "serve", self._recipe.model.model_name_or_path,
@@ -186,8 +187,8 @@ class Road:
         for command, why in (
             (f"pingjia chat {base} --adapter {out}", "talk to it"),
             (f"pingjia serve {base} --adapter {ADAPTER_NAME}={out} --port 8000", "serve it to your programs"),
-            (f"pingjia run {self._file} dataset=YOUR.jsonl eval_dataset=[] eval.questions=YOUR_HELDOUT.jsonl output_dir=runs/mine",
-             "tune it on your own data"),
+            (f"pingjia run {self._file} dataset=MINE.jsonl eval_dataset=HELDOUT.jsonl eval.questions=HELDOUT.jsonl "
+             "output_dir=runs/mine", "tune it on your own data"),
         ):  # fmt: skip
             console.print(f"  {command:<60}  # {why}", markup=False)
 

@@ -36,7 +36,15 @@ def serve(
 ) -> None:
     """Serve a model, with its adapters, until SIGTERM or Ctrl-C. Answers in work are finished first."""
     gateway_settings, engine_settings = _settings(overrides or [], host, port, served_model_name)
-    run_server(model, adapters=parse_adapters(adapter or []), gateway_settings=gateway_settings, engine_settings=engine_settings, dtype=dtype, device=device, ledger_file=ledger)  # fmt: skip
+    run_server(
+        model,
+        adapters=parse_adapters(adapter or []),
+        gateway_settings=gateway_settings,
+        engine_settings=engine_settings,
+        dtype=dtype,
+        device=device,
+        ledger_file=ledger,
+    )
 
 
 def run_server(

@@ -1,7 +1,8 @@
 """How any model runs over sequences of different lengths at once: laid end to end in one row, without padding.
 
-`model(input_ids=[1, T], position_ids=..., packed=batch, use_cache=False)`. The registered attention function only hands
-queries, keys and values to `batch.attend`; what a sequence may see, and where its older keys lie, is the batch's affair.
+`model(input_ids=[1, T], position_ids=..., packed=batch, use_cache=False)`. The registered attention function only
+hands queries, keys and values to `batch.attend`; what a sequence may see, and where its older keys lie, is the batch's
+affair.
 Training uses `PackedSequences` below; the engine brings its own batch over pages.
 
 Shapes: B batch (always 1 here), H query heads, K key/value heads, T tokens of all sequences, D head size.
@@ -91,10 +92,8 @@ class PackedSequences:
         dropout: float = 0.0,
     ) -> torch.Tensor:
         outputs = []
-        for q, k, v, prefix_len in zip(
-            q_BHTD.split(self.lengths, 2), k_BKTD.split(self.lengths, 2), v_BKTD.split(self.lengths, 2), self.prefix_lens,
-            strict=True,
-        ):  # fmt: skip
+        pieces = (tensor.split(self.lengths, dim=2) for tensor in (q_BHTD, k_BKTD, v_BKTD))
+        for q, k, v, prefix_len in zip(*pieces, self.prefix_lens, strict=True):
             mask = prefix_mask(q.shape[2], prefix_len, q.device) if prefix_len > 1 else None
             outputs.append(sdpa(q, k, v, mask=mask, is_causal=mask is None, scaling=scaling, dropout=dropout))
         return torch.cat(outputs, dim=2).transpose(1, 2)
@@ -120,5 +119,12 @@ def sdpa(
     """torch's attention with grouped key/value heads; returns [B, H, T, D]."""
     grouped = q_BHTD.shape[1] != k_BKSD.shape[1]
     return F.scaled_dot_product_attention(
-        q_BHTD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=is_causal, scale=scaling, dropout_p=dropout, enable_gqa=grouped
+        q_BHTD,
+        k_BKSD,
+        v_BKSD,
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scaling,
+        dropout_p=dropout,
+        enable_gqa=grouped,
     )

@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """`rows_per_update` rows for every update, in micro-batches of `rows_per_micro`; the last of an epoch may be short."""
+    """`rows_per_update` rows an update, in micro-batches of `rows_per_micro`; the last of an epoch may be short."""
 
     num_rows: int
     rows_per_micro: int

@@ -53,7 +53,7 @@ def checkpoints(output_dir: Path) -> list[Checkpoint]:
 def save_checkpoint(
     output_dir: Path, step: int, model: PeftModel, optimizer: torch.optim.Optimizer, *, fingerprint: str, keep: int
 ) -> Checkpoint:
-    """Write checkpoint-<step>, then delete all but the newest `keep`. StorageError leaves the earlier ones as they are."""
+    """Write checkpoint-<step>, then delete all but the newest `keep`. StorageError leaves the earlier ones alone."""
     target = output_dir / f"checkpoint-{step:06d}"
     state = {"step": step, "fingerprint": fingerprint, "optimizer": optimizer.state_dict(), "rng": _rng_state()}
     buffer = io.BytesIO()
@@ -116,7 +116,10 @@ def save_adapter(output_dir: Path, model: PeftModel, about: Mapping[str, Any]) -
 
 def write_adapter(folder: Path, model: PeftModel) -> None:
     """adapter_config.json and adapter_model.safetensors as PEFT reads them. Refuses an adapter that changes nothing."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(model).items()}
+    tensors = {
+        k: v.detach().cpu().contiguous()
+        for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
     require_nonzero_adapter(tensors)
     model.peft_config[model.active_adapter].save_pretrained(folder)
     write_bytes(folder / ADAPTER_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
@@ -158,7 +161,7 @@ def _disk_message(target: Path, error: OSError) -> str:
     reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
     before = checkpoints(target.parent)
     last = f"the last good one is {before[-1].path}" if before else "no earlier one exists"
-    return f"{target} could not be saved: {reason}. {last[0].upper()}{last[1:]}; make room and run the same command to go on"
+    return f"{target} could not be saved: {reason}; {last}. Make room and run the same command to go on"
 
 
 def _rng_state() -> dict[str, Any]:

@@ -74,7 +74,7 @@ def plan_batches(num_rows: int, settings: TuneSettings) -> BatchPlan:
 
 
 def run_training(run: Run) -> bool:
-    """Make every update that is left. True when the run is complete, False when `should_stop` ended it (and it is saved)."""
+    """Make every update that is left. True when complete, False when `should_stop` ended it (it is saved then)."""
     s, plan = run.settings, plan_batches(len(run.rows), run.settings)
     accelerator = Accelerator(cpu=run.model.device.type == "cpu")
     if accelerator.num_processes != 1:
@@ -92,7 +92,9 @@ def run_training(run: Run) -> bool:
         batches = [
             build_batch([run.rows[i] for i in rows], run.family, run.model.config, run.model.device) for rows in micros
         ]
-        rate = learning_rate_at(step, plan.num_steps, peak=s.learning_rate, kind=s.lr_scheduler_type, warmup_ratio=s.warmup_ratio)  # fmt: skip
+        rate = learning_rate_at(
+            step, plan.num_steps, peak=s.learning_rate, kind=s.lr_scheduler_type, warmup_ratio=s.warmup_ratio
+        )
         result = update(accelerator, model, optimizer, batches, learning_rate=rate, max_grad_norm=s.max_grad_norm)
         done, last = step + 1, step + 1 == plan.num_steps
         if has_moved and done == min(start + MOVED_AFTER_STEPS, plan.num_steps) and done > 1:

@@ -1,4 +1,4 @@
-"""A training run in small, before the real one: the longest batch, one update, save and reload. Leaves nothing behind."""
+"""A training run in small, before the real one: the longest batch, save and reload. Leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def rehearse(model_settings: ModelSettings, data_settings: DataSettings, setting
         wrapped, optimizer = accelerator.prepare(
             adapted, torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], fused=True)
         )
+        rate, norm = settings.learning_rate, settings.max_grad_norm
         results = [
-            update(accelerator, wrapped, optimizer, [batch], learning_rate=settings.learning_rate, max_grad_norm=settings.max_grad_norm)
-            for _ in range(2)
-        ]  # fmt: skip
+            update(accelerator, wrapped, optimizer, [batch], learning_rate=rate, max_grad_norm=norm) for _ in range(2)
+        ]
         _check_saved(adapted)
     plan = plan_batches(len(rows), settings)
     num_tokens = sum(len(row.ids) for row in rows)

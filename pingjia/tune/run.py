@@ -119,7 +119,18 @@ def train(
         if settings.gradient_checkpointing:
             adapted.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        run = Run(adapted, family, rows, eval_rows, settings, fingerprint, output_dir, resume_from, hooks.on_step, hooks.should_stop)  # fmt: skip
+        run = Run(
+            model=adapted,
+            family=family,
+            rows=rows,
+            eval_rows=eval_rows,
+            settings=settings,
+            fingerprint=fingerprint,
+            output_dir=output_dir,
+            resume_from=resume_from,
+            observe=hooks.on_step,
+            should_stop=hooks.should_stop,
+        )
         account = _Account(run, meter, ledger, run_name)
         run.on_saved = account.note
         hooks.on_plan(_plan(run, targets, dropped))
@@ -132,11 +143,15 @@ def train(
                 "pingjia_version": pingjia.__version__,
                 "base": {"name": model_settings.model_name_or_path, "fingerprint": base, "family": family.name},
                 "chat": {"template_digest": tokenizer.template_digest, "golden": chat.golden_chats(tokenizer)},
-                "data": {"files": [*data_settings.dataset], "fingerprint": data.fingerprint(data_settings.dataset), "num_rows": len(rows)},
+                "data": {
+                    "files": [*data_settings.dataset],
+                    "fingerprint": data.fingerprint(data_settings.dataset),
+                    "num_rows": len(rows),
+                },
                 "recipe": recipe,
                 "run_fingerprint": fingerprint,
                 "metrics": _metrics(run),
-            }  # fmt: skip
+            }
             size = save_adapter(output_dir, adapted, about)
         plot_loss(run.logs, output_dir / "training_loss.png")
         account.note(size)
