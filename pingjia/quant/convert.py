@@ -21,7 +21,9 @@ def quantize_model(model: PreTrainedModel, bits: int) -> PreTrainedModel:
     found = next((m for m in model.modules() if isinstance(m, PackedLinear)), None)
     if found is not None:
         raise ModelError(f"the model is already packed to {found.bits} bits; load the float checkpoint to pack it anew")
-    for name in packable(model):
+    names = packable(model)
+    _check_columns(model, names, bits)
+    for name in names:
         _replace(model, name, bits)
     model.config.quantization_bit = bits
     return model
@@ -33,11 +35,16 @@ def packable(model: PreTrainedModel) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
 
 
+def _check_columns(model: nn.Module, names: list[str], bits: int) -> None:
+    for name in names:
+        columns = model.get_submodule(name).in_features
+        if bits == 4 and columns % 2:
+            raise ModelError(f"{name}: INT4 packs columns in pairs and it has {columns}; use bits=8")
+
+
 def _replace(model: nn.Module, name: str, bits: int) -> None:
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
-    if bits == 4 and linear.in_features % 2:
-        raise ModelError(f"{name}: INT4 packs columns in pairs and it has {linear.in_features}; use bits=8")
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, FORMATS[f"int{bits}"].of(linear))
 

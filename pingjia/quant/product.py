@@ -64,7 +64,7 @@ class StreamedProduct(torch.autograd.Function):
         out_BN = x_BM.new_empty(x_BM.shape[0], weight_NP.shape[0])
         for rows in row_blocks(weight_NP.shape[0], x_BM.shape[1]):
             out_BN[:, rows] = x_BM @ widen(weight_NP[rows], x_BM.dtype).T
-        return out_BN.view(*x.shape[:-1], -1)
+        return out_BN.view(*x.shape[:-1], out_BN.shape[1])
 
     @staticmethod
     @once_differentiable
@@ -75,7 +75,7 @@ class StreamedProduct(torch.autograd.Function):
         grad_BM = grad_BN.new_zeros(grad_BN.shape[0], first.shape[1])
         for rows in row_blocks(weight_NP.shape[0], first.shape[1]):
             grad_BM.addmm_(grad_BN[:, rows], ctx.widen(weight_NP[rows], grad_BN.dtype))
-        return grad_BM.view(*grad.shape[:-1], -1).to(ctx.x_dtype), None, None
+        return grad_BM.view(*grad.shape[:-1], grad_BM.shape[1]).to(ctx.x_dtype), None, None
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
