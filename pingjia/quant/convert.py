@@ -37,7 +37,9 @@ def packable(model: PreTrainedModel) -> list[str]:
 
 def _check_columns(model: nn.Module, names: list[str], bits: int) -> None:
     for name in names:
-        columns = model.get_submodule(name).in_features
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        columns = linear.in_features
         if bits == 4 and columns % 2:
             raise ModelError(f"{name}: INT4 packs columns in pairs and it has {columns}; use bits=8")
 
