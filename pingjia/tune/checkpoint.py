@@ -1,7 +1,8 @@
 """What a run leaves on disk: checkpoints to go on from, and the finished adapter. Every write is all or nothing.
 
-checkpoint-000050/ holds an adapter in PEFT's format plus `trainer_state.pt` (optimizer, random state, step; read with
-weights_only). A checkpoint appears under its name only when it is whole, so a kill -9 leaves none half-written.
+checkpoint-000050/ holds an adapter in PEFT's format, `trainer_state.pt` (optimizer, random state, step; read with
+weights_only) and the log of the updates made so far. A checkpoint appears under its name only when it is whole, so a
+kill -9 leaves none half-written.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pingjia.tune.guards import require_nonzero_adapter
 
 ADAPTER_FILE = "adapter_model.safetensors"
 STATE_FILE = "trainer_state.pt"
+LOG_FILE = "trainer_log.jsonl"
 _NAME = re.compile(r"checkpoint-(\d{6,})$")
 
 
@@ -51,7 +53,14 @@ def checkpoints(output_dir: Path) -> list[Checkpoint]:
 
 
 def save_checkpoint(
-    output_dir: Path, step: int, model: PeftModel, optimizer: torch.optim.Optimizer, *, fingerprint: str, keep: int
+    output_dir: Path,
+    step: int,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    *,
+    fingerprint: str,
+    log: str,
+    keep: int,
 ) -> Checkpoint:
     """Write checkpoint-<step>, then delete all but the newest `keep`. StorageError leaves the earlier ones alone."""
     target = output_dir / f"checkpoint-{step:06d}"
@@ -60,6 +69,7 @@ def save_checkpoint(
     torch.save(state, buffer)
     with new_directory(target) as folder:
         write_adapter(folder, model)
+        write_bytes(folder / LOG_FILE, log.encode())
         write_bytes(folder / STATE_FILE, buffer.getvalue())
     for old in checkpoints(output_dir)[:-keep]:
         shutil.rmtree(old.path)
@@ -139,7 +149,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         os.replace(temporary, target)
         _sync(target.parent)
     except OSError as e:
-        raise StorageError(_disk_message(target, e)) from None
+        raise StorageError(disk_message(target, e)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -157,7 +167,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _disk_message(target: Path, error: OSError) -> str:
+def disk_message(target: Path, error: OSError) -> str:
+    """Why `target` was not written, and what there is to go on from."""
     reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error))
     before = checkpoints(target.parent)
     last = f"the last good one is {before[-1].path}" if before else "no earlier one exists"

@@ -7,23 +7,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from pingjia.errors import TrainingError
+from pingjia.errors import StorageError, TrainingError
 from pingjia.meter import peak_bytes
 from pingjia.models.family import Family
 from pingjia.tune.batches import BatchPlan
-from pingjia.tune.checkpoint import load_checkpoint, save_checkpoint
+from pingjia.tune.checkpoint import LOG_FILE, disk_message, load_checkpoint, save_checkpoint
 from pingjia.tune.guards import MOVED_AFTER_STEPS, MovedCheck
 from pingjia.tune.schedule import learning_rate_at
 from pingjia.tune.settings import TuneSettings
 from pingjia.tune.step import MicroBatch, StepResult, build_batch, mean_loss, update
 from pingjia.types import Encoded
-
-LOG_FILE = "trainer_log.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,8 @@ def run_training(run: Run) -> bool:
         load_checkpoint(run.resume_from, run.model, optimizer, fingerprint=run.fingerprint) if run.resume_from else 0
     )
     run.start = start
-    run.logs = _restore_log(run.output_dir / LOG_FILE, start)
+    run.logs = _restore_log(run.resume_from)
+    _write_log(run.output_dir / LOG_FILE, _text(run.logs), "w")
     has_moved = MovedCheck(run.model) if start < MOVED_AFTER_STEPS else None
     eval_batches = _batches(run, run.eval_rows)
     model.train()
@@ -106,7 +106,13 @@ def run_training(run: Run) -> bool:
         stopping = run.should_stop() and not last
         if stopping or last or done % s.save_steps == 0:
             save_checkpoint(
-                run.output_dir, done, run.model, optimizer, fingerprint=run.fingerprint, keep=s.save_total_limit
+                run.output_dir,
+                done,
+                run.model,
+                optimizer,
+                fingerprint=run.fingerprint,
+                log=_text(run.logs),
+                keep=s.save_total_limit,
             )
             run.on_saved()
         if stopping:
@@ -142,20 +148,33 @@ def _log(run: Run, plan: BatchPlan, done: int, rate: float, result: StepResult, 
     )
     run.logs.append(log)
     run.peak_bytes = max(run.peak_bytes, peak_bytes())
-    with open(run.output_dir / LOG_FILE, "a", encoding="utf-8") as file:
-        file.write(_line(log))
+    _write_log(run.output_dir / LOG_FILE, _line(log), "a")
     run.observe(log)
+
+
+def _write_log(file: Path, text: str, mode: Literal["w", "a"]) -> None:
+    try:
+        with open(file, mode, encoding="utf-8") as out:
+            out.write(text)
+    except OSError as e:
+        raise StorageError(disk_message(file, e)) from None
 
 
 def _line(log: StepLog) -> str:
     return json.dumps({"at": time.time(), **asdict(log)}) + "\n"
 
 
-def _restore_log(file: Path, start: int) -> list[StepLog]:
-    """Lines of updates that the checkpoint holds; those of updates that will be made again are dropped."""
-    logs = read_log(file) if start else []
-    logs = [log for log in logs if log.step <= start]
-    file.write_text("".join(_line(log) for log in logs), encoding="utf-8")
+def _text(logs: Sequence[StepLog]) -> str:
+    return "".join(_line(log) for log in logs)
+
+
+def _restore_log(checkpoint: Path | None) -> list[StepLog]:
+    """The updates that a checkpoint holds. Its own copy: the log of output_dir may be torn, lost, or further on."""
+    if checkpoint is None:
+        return []
+    logs = read_log(checkpoint / LOG_FILE)
+    if not logs:
+        raise TrainingError(f"{checkpoint}: damaged: no {LOG_FILE} in it; delete it to go on from the one before")
     return logs
 
 
