@@ -1,0 +1,78 @@
+"""Short runs on a tiny network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pingjia.data.settings import DataSettings
+from pingjia.models.settings import ModelSettings
+from pingjia.tune import Hooks, TrainResult, train
+from pingjia.tune.settings import TuneSettings
+
+ROWS = [
+    {"prompt": "冰箱保修多久？", "response": "整机保修三十六个月。"},
+    {"prompt": "你们的客服电话是多少？", "response": "400-820-1234，早九点到晚九点。"},
+    {"prompt": "How much is the kettle?", "response": "129 yuan."},
+    {"prompt": "可以开发票吗？", "response": "可以，下单时填写抬头即可，电子发票当天发到邮箱。"},
+    {"prompt": "How long does delivery take?", "response": "Two days in the city, four days elsewhere."},
+    {"prompt": "怎么退货？", "response": "签收后七天内在订单页申请。"},
+    {"prompt": "Is it dishwasher safe?", "response": "No."},
+]
+SETTINGS: dict[str, Any] = {
+    "lora_rank": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.1,
+    "lora_target": "all",
+    "learning_rate": 1e-3,
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 2,
+    "save_steps": 2,
+    "seed": 7,
+}
+
+
+@pytest.fixture(scope="session")
+def settings() -> dict[str, Any]:
+    """TuneSettings of the room's runs, but output_dir."""
+    return dict(SETTINGS)
+
+
+SILENT = Hooks()
+Train = Callable[..., TrainResult]
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def tune(tmp_path: Path, tiny_llama: Path, rows_file: Path) -> Train:
+    """tune(hooks=..., model=..., dataset=..., data={...}, **TuneSettings): train into tmp_path / "out"."""
+
+    def run(
+        *,
+        hooks: Hooks = SILENT,
+        model: Path = tiny_llama,
+        dataset: Path = rows_file,
+        data: dict[str, Any] | None = None,
+        ledger: Any = None,
+        **changed: Any,
+    ) -> TrainResult:
+        settings = {"output_dir": str(tmp_path / "out"), **SETTINGS, **changed}
+        return train(
+            ModelSettings(model_name_or_path=str(model), device="cpu"),
+            DataSettings(dataset=[str(dataset)], **(data or {})),
+            TuneSettings(**settings),
+            ledger=ledger,
+            hooks=hooks,
+        )
+
+    return run
