@@ -224,5 +224,28 @@ def test_readme_shows_five_rows(page: str) -> None:
 
 def test_both_readmes_have_the_same_parts() -> None:
     first, second = ((ROOT / page).read_text(encoding="utf-8") for page in READMES)
-    for pattern in (r"^(#+) ", r"^```(\w*)$", r"\]\((docs/[^)]*|LICENSE|[A-Z]+\.md)\)", r"<!-- .* -->"):
+    for pattern in (r"^(#+) ", r"^```(\w*)$", r"\]\((docs/[^)]*|LICENSE|C[A-Z]+\.md)\)", r"<!-- .* -->"):
         assert re.findall(pattern, first, re.MULTILINE) == re.findall(pattern, second, re.MULTILINE), pattern
+
+
+# ---- tour.md
+
+
+def steps() -> list[str]:
+    page = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8").split("\n## The rooms\n")[0]
+    return re.split(r"^\d+\. ", page, flags=re.MULTILINE)[1:]
+
+
+@pytest.mark.parametrize("step", steps(), ids=lambda step: re.sub(r"\W.*", "", step.lstrip("["), flags=re.DOTALL))
+def test_tour_names_functions_of_its_files(step: str) -> None:
+    step = step.split("\n## ")[0]
+    sources = "".join((ROOT / "docs" / file).read_text() for file in re.findall(r"\]\((\.\./[\w/]+\.py)\)", step))
+    names = re.findall(r"`(_?[A-Za-z]\w+)`", step)
+    assert [name for name in names if not re.search(rf"\b{name}\b", sources)] == []
+    assert [n for n in names if n.islower() and not re.search(rf"def {n}\b|^{n} =", sources, re.MULTILINE)] == []
+
+
+def test_tour_has_every_room() -> None:
+    page = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    rooms = {file.parent.name for file in (ROOT / "pingjia").glob("*/__init__.py")}
+    assert set(re.findall(r"^\*\*\[(\w+)/\]", page, re.MULTILINE)) == rooms
