@@ -1,0 +1,102 @@
+"""Order and rate of every update: pure functions of the step, so a resumed run finds its place."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pingjia.tune.batches import BatchPlan
+from pingjia.tune.schedule import learning_rate_at
+
+EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
+
+plans = st.builds(
+    BatchPlan.of,
+    st.integers(1, 60),
+    rows_per_micro=st.integers(1, 9),
+    micros_per_update=st.integers(1, 4),
+    num_epochs=st.floats(0.1, 4),
+    max_steps=st.none() | st.integers(1, 40),
+    seed=st.integers(0, 2**31),
+)
+
+
+@EXAMPLES
+@given(plans)
+def test_every_row_once_an_epoch(plan: BatchPlan) -> None:
+    seen = Counter()
+    for step, micros in plan.updates():
+        seen.update(row for micro in micros for row in micro)
+        if (step + 1) % plan.updates_per_epoch == 0:
+            epochs = (step + 1) // plan.updates_per_epoch
+            assert seen == {row: epochs for row in range(plan.num_rows)}
+    assert max(seen.values()) - min(seen.get(row, 0) for row in range(plan.num_rows)) <= 1
+
+
+@EXAMPLES
+@given(plans, st.data())
+def test_going_on_gives_the_same_micro_batches(plan: BatchPlan, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, plan.num_steps))
+    assert list(plan.updates(start)) == list(plan.updates())[start:]
+
+
+@EXAMPLES
+@given(plans)
+def test_micro_batches_are_full_but_for_the_end_of_an_epoch(plan: BatchPlan) -> None:
+    steps = [step for step, _ in plan.updates()]
+    assert steps == list(range(plan.num_steps))
+    for step, micros in plan.updates():
+        assert all(micros)
+        assert len(micros) <= plan.micros_per_update
+        if (step + 1) % plan.updates_per_epoch:
+            assert [len(m) for m in micros] == [plan.rows_per_micro] * plan.micros_per_update
+
+
+@EXAMPLES
+@given(plans)
+def test_the_number_of_updates(plan: BatchPlan) -> None:
+    assert plan.num_steps >= 1
+    assert plan.updates_per_epoch == math.ceil(plan.num_rows / plan.rows_per_update)
+
+
+def test_epochs_are_shuffled_differently_and_by_seed() -> None:
+    plan = BatchPlan(100, 8, 1, 26, seed=1)
+    other = BatchPlan(100, 8, 1, 26, seed=2)
+    assert len({tuple(p.order(epoch)) for p in (plan, other) for epoch in range(3)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "expected"), [(3.0, None, 9), (0.5, None, 2), (0.01, None, 1), (3.0, 5, 5), (0.5, 100, 100)]
+)
+def test_epochs_or_steps(epochs: float, max_steps: int | None, expected: int) -> None:
+    plan = BatchPlan.of(
+        12, rows_per_micro=2, micros_per_update=2, num_epochs=epochs, max_steps=max_steps, seed=0
+    )  # three updates an epoch
+    assert plan.num_steps == expected
+
+
+kinds = st.sampled_from(["linear", "cosine", "constant"])
+
+
+@EXAMPLES
+@given(st.integers(1, 300), kinds, st.floats(0, 0.99), st.floats(1e-6, 1))
+def test_every_update_has_a_rate_and_none_exceeds_the_peak(num: int, kind: str, warmup: float, peak: float) -> None:
+    rates = [learning_rate_at(i, num, peak=peak, kind=kind, warmup_ratio=warmup) for i in range(num)]
+    assert all(0 < rate <= peak * (1 + 1e-12) for rate in rates)
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+
+
+def test_known_rates() -> None:
+    def rates(kind: str, warmup: float) -> list[float]:
+        return [learning_rate_at(i, 4, peak=1.0, kind=kind, warmup_ratio=warmup) for i in range(4)]
+
+    assert rates("constant", 0) == [1, 1, 1, 1]
+    assert rates("linear", 0) == [1, 0.75, 0.5, 0.25]
+    assert rates("linear", 0.5) == pytest.approx([1 / 3, 2 / 3, 1, 0.5])
+    assert rates("cosine", 0) == pytest.approx([1, 0.5 + math.sqrt(2) / 4, 0.5, 0.5 - math.sqrt(2) / 4])
