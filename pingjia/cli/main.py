@@ -11,9 +11,10 @@ import os
 import sys
 import traceback
 import warnings
+from typing import Any, cast
 
-import click
 import typer
+from typer.exceptions import TyperException
 
 from pingjia.cli import chat, cost, data, doctor, env, eval, export, run, serve, train
 from pingjia.cli.console import errors
@@ -64,12 +65,13 @@ def invoke(arguments: list[str], *, debug: bool = False) -> int:
     try:
         result = app(args=arguments, prog_name="pingjia", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except click.exceptions.Exit as e:
+    except typer.Exit as e:
         return e.exit_code
-    except click.ClickException as e:
-        e.show()
+    except TyperException as e:
+        # A line that cannot be parsed. Typer carries its own click: catching click's exceptions would miss these.
+        cast(Any, e).show()
         return 2
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         errors.print("interrupted")
         return 130
     except BrokenPipeError:
@@ -108,6 +110,7 @@ _USER_ERRNO = {
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
+    errno.EEXIST,
 }
 _EXTRAS = {name: "model" for name in ("torch", "transformers", "peft", "accelerate", "safetensors", "matplotlib")} | {
     "openai": "demo"
