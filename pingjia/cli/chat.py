@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pingjia.cli.console import console, errors
-from pingjia.cli.serve import ADAPTER_HELP, MODEL_HELP, parse_adapters
+from pingjia.cli.serve import ADAPTER_HELP, BITS_HELP, DEVICE_HELP, DTYPE_HELP, MODEL_HELP, parse_adapters
 
 if TYPE_CHECKING:
     from pingjia import Engine
@@ -25,6 +25,9 @@ def chat(
     max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="For temperatures above 0.")] = None,
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    bits: Annotated[int | None, typer.Option(help=BITS_HELP)] = None,
 ) -> None:
     """Talk to a model. Reads questions from the terminal, or one a line from a pipe."""
     from pingjia import Engine, Sampling
@@ -32,7 +35,7 @@ def chat(
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
     adapters = parse_adapters([adapter] if adapter else [])
     errors.print(f"loading {model} ...", markup=False)
-    engine = Engine(model)
+    engine = Engine(model, dtype=dtype, device=device, bits=bits)
     for name, path in adapters.items():
         engine.load_adapter(name, path)
     errors.print(HELP, markup=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -69,7 +70,7 @@ def _findings(recipe: Path | None, overrides: list[str]) -> Iterator[Finding]:
         return
     yield Finding("recipe", "ok", f"{recipe} is complete")
     for name, check in _ROAD.items():
-        result = _attempt(name, lambda check=check: check(loaded))
+        result = _attempt(name, partial(check, loaded))
         finding = result if isinstance(result, Finding) else Finding(name, "ok", result)
         yield finding
         if finding.state == "bad":
@@ -192,7 +193,11 @@ def _check_answer(recipe: Recipe) -> str:
     from pingjia import Engine, Message, Sampling
 
     engine = Engine(
-        recipe.model.model_name_or_path, settings=recipe.engine, dtype=recipe.model.dtype, device=recipe.model.device
+        recipe.model.model_name_or_path,
+        settings=recipe.engine,
+        dtype=recipe.model.dtype,
+        bits=recipe.model.quantization_bit,
+        device=recipe.model.device,
     )
     answer = engine.generate([[Message("user", "你好")]], Sampling(max_tokens=8))[0]
     return f"the engine answers ({answer.usage.completion_tokens} tokens)"

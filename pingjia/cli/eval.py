@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,7 +25,10 @@ def evaluate(
     overrides: Overrides = None,
     endpoint: Annotated[
         str | None,
-        typer.Option("--endpoint", help="Ask this OpenAI-compatible server instead, e.g. http://127.0.0.1:8000/v1."),
+        typer.Option(
+            "--endpoint",
+            help="Ask this OpenAI-compatible server instead, e.g. http://127.0.0.1:8000/v1; key in OPENAI_API_KEY.",
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="With --endpoint: the model's name there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -59,6 +63,7 @@ def compare_recipe(recipe: Recipe) -> Comparison:
             model.model_name_or_path,
             adapter=recipe.tune.output_dir,
             settings=recipe.engine,
+            bits=model.quantization_bit,
             dtype=model.dtype,
             device=model.device,
         )
@@ -115,7 +120,7 @@ def _evaluate_endpoint(recipe: Recipe, url: str, model: str | None) -> EvalRepor
     if model is None:
         raise RecipeError("--endpoint needs --model NAME (as listed at /v1/models there)")
     settings, questions = _questions(recipe)
-    return _ask(questions, Endpoint(url, model), settings, model)
+    return _ask(questions, Endpoint(url, model, api_key=os.environ.get("OPENAI_API_KEY")), settings, model)
 
 
 def _ask(questions: Sequence[Example], generator: Generator, settings: EvalSettings, label: str) -> EvalReport:

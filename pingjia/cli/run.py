@@ -165,11 +165,7 @@ class Road:
     def _server(self) -> Iterator[str]:
         """`pingjia serve` as a user would start it, in its own process; stopped by SIGTERM, exit code checked."""
         log = self._output_dir / "serve.log"
-        serve = self._recipe.serve
-        command = [sys.executable, "-m", "pingjia.cli.main", "serve", self._recipe.model.model_name_or_path,
-                   "--adapter", f"{ADAPTER_NAME}={self._output_dir}", "--host", serve.host, "--port", str(serve.port),
-                   "--dtype", self._recipe.model.dtype, "--device", self._recipe.model.device,
-                   "--ledger", str(ledger_path(self._recipe))]  # fmt: skip
+        command = self._serve_command()
         console.print(f"  $ pingjia {shlex.join(command[3:])}", markup=False)
         with open(log, "w+", encoding="utf-8") as out:
             process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)  # noqa: S603  our own verb
@@ -179,6 +175,19 @@ class Road:
                 code = _stop(process)
         if code != 0:
             raise EngineError(f"the server ended with exit code {code}; its last words are in {log}")
+
+    def _serve_command(self) -> list[str]:
+        model, serve = self._recipe.model, self._recipe.serve
+        command = [sys.executable, "-m", "pingjia.cli.main", "serve", model.model_name_or_path]
+        command += ["--adapter", f"{ADAPTER_NAME}={self._output_dir}", "--host", serve.host, "--port", str(serve.port)]
+        command += ["--dtype", model.dtype, "--device", model.device, "--ledger", str(ledger_path(self._recipe))]
+        if model.quantization_bit is not None:
+            command += ["--bits", str(model.quantization_bit)]
+        for name, section in (("serve", serve), ("engine", self._recipe.engine)):
+            given = section.model_dump(mode="json", include=section.model_fields_set - {"host", "port"})
+            for key, value in given.items():
+                command += ["--set", f"{name}.{key}={json.dumps(value)}"]
+        return command
 
     def _print_next(self, seconds: float) -> None:
         base, out = self._recipe.model.model_name_or_path, self._output_dir

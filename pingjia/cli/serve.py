@@ -17,6 +17,9 @@ from pingjia.gateway.settings import GatewaySettings
 
 MODEL_HELP = "Model directory, .gguf file or packaged name (smollm2)."
 ADAPTER_HELP = "Adapter directory, or NAME=DIR; may be given several times."
+DTYPE_HELP = "auto, float32, bfloat16 or float16."
+DEVICE_HELP = "auto, cpu, cuda, ..."
+BITS_HELP = "Pack the base to 4 or 8 bits while loading."
 
 
 def serve(
@@ -27,22 +30,31 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     served_model_name: Annotated[str | None, typer.Option(help="What the base model is called outside.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
+    device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
+    bits: Annotated[int | None, typer.Option(help=BITS_HELP)] = None,
     ledger: Annotated[Path | None, typer.Option(help="Append what was spent to this file.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="serve.KEY=VALUE or engine.KEY=VALUE, as in a recipe.")
     ] = None,
 ) -> None:
-    """Serve a model, with its adapters, until SIGTERM or Ctrl-C. Answers in work are finished first."""
-    gateway_settings, engine_settings = _settings(overrides or [], host, port, served_model_name)
+    """Serve a model, with its adapters, until SIGTERM or Ctrl-C. Answers in work are finished first.
+
+    A request that names no model gets the adapter when there is just one.
+    """
+    adapters = parse_adapters(adapter or [])
+    given: dict[str, object] = {"host": host, "port": port, "served_model_name": served_model_name}
+    if len(adapters) == 1:
+        given["default_model"] = next(iter(adapters))
+    gateway_settings, engine_settings = _settings(overrides or [], given)
     run_server(
         model,
-        adapters=parse_adapters(adapter or []),
+        adapters=adapters,
         gateway_settings=gateway_settings,
         engine_settings=engine_settings,
         dtype=dtype,
         device=device,
+        bits=bits,
         ledger_file=ledger,
     )
 
@@ -55,6 +67,7 @@ def run_server(
     engine_settings: EngineSettings,
     dtype: str = "auto",
     device: str = "auto",
+    bits: int | None = None,
     ledger_file: Path | None = None,
 ) -> None:
     """Load, serve, drain. Everything that can be refused without the model is refused before it is loaded."""
@@ -69,7 +82,7 @@ def run_server(
     with Meter() as meter:
         started = time.perf_counter()
         errors.print(f"loading {model} ...", markup=False)
-        engine = Engine(model, dtype=dtype, device=device, settings=engine_settings)
+        engine = Engine(model, dtype=dtype, device=device, bits=bits, settings=engine_settings)
         for name, path in adapters.items():
             engine.load_adapter(name, path)
         errors.print(
@@ -103,12 +116,12 @@ def parse_adapters(values: list[str]) -> dict[str, Path]:
     return adapters
 
 
-def _settings(overrides: list[str], host: str, port: int, name: str | None) -> tuple[GatewaySettings, EngineSettings]:
+def _settings(overrides: list[str], given: dict[str, object]) -> tuple[GatewaySettings, EngineSettings]:
     class Both(recipes.Section):
         serve: GatewaySettings = GatewaySettings()
         engine: EngineSettings = EngineSettings()
 
-    raw: dict[str, dict[str, object]] = {"serve": {"host": host, "port": port, "served_model_name": name}}
+    raw: dict[str, dict[str, object]] = {"serve": given}
     for override in overrides:
         recipes.assign(raw, *recipes.split_override(override))
     both = recipes.build(raw, Both, flat=(), name="--set")

@@ -54,7 +54,8 @@ def packed_attention(
     assert packed is not None, "the 'pingjia' attention needs packed=...; use another attn_implementation for padding"
     assert attention_mask is None, "packed sequences carry their own mask"
     scaling = q_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
-    return packed.attend(module.layer_idx, q_BHTD, k_BKTD, v_BKTD, scaling=scaling, dropout=dropout), None
+    layer_idx: int = module.layer_idx  # type: ignore[assignment]  # every attention module of transformers has it
+    return packed.attend(layer_idx, q_BHTD, k_BKTD, v_BKTD, scaling=scaling, dropout=dropout), None
 
 
 AttentionInterface.register(IMPLEMENTATION, packed_attention)

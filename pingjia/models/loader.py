@@ -20,7 +20,9 @@ from transformers.utils import logging as hf_logging
 from pingjia.errors import ModelError
 from pingjia.locate import locate_model
 from pingjia.models.device import pick_device, pick_dtype
-from pingjia.models.registry import family_of_type
+from pingjia.models.checkpoint import load_chatglm
+from pingjia.models.registry import require_supported
+from pingjia.quant import quantize_model
 
 
 def load_model(
@@ -32,18 +34,24 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the causal language model at `path` (directory, .gguf file or packaged name), eval mode.
 
-    dtype: "auto" is float32 on a CPU and the checkpoint's own elsewhere. Raises ModelError, one line, when anything of
-    the checkpoint is missing, left over, of the wrong shape or of an unsupported kind.
+    dtype: "auto" is float32 on a CPU and the checkpoint's own elsewhere. bits: 4 or 8 packs the linears of the blocks
+    (rounded to nearest, one scale per row); ChatGLM is packed while it is read, others after. None leaves what is
+    stored as it is. Raises ModelError, one line, when anything of the checkpoint is missing, left over, of the wrong
+    shape or of an unsupported kind.
     """
     location = locate_model(path)
     target = device if isinstance(device, torch.device) else pick_device(device)
-    if bits is not None:
-        raise ModelError(f"bits={bits}: quantised loading is not supported for {path}")
+    if bits not in (None, 4, 8):
+        raise ModelError(f"bits={bits}: weights can be packed to 4 or 8 bits, or left as they are (None)")
     with _quiet():
+        if location.is_dir() and read_config(location)["model_type"] == "chatglm":
+            return load_chatglm(location, dtype=dtype, device=target, bits=bits)
         if location.is_file():
             model = _load_gguf(location, pick_dtype(dtype, target))
         else:
             model = _load_directory(location, dtype, target)
+        if bits is not None:
+            quantize_model(model, bits)
     model.to(target)
     return model.eval()
 
@@ -83,12 +91,16 @@ def _load_gguf(file: Path, dtype: torch.dtype) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
     except (ValueError, OSError, RuntimeError, KeyError, IndexError) as e:
         raise ModelError(f"{file}: cannot be loaded as GGUF: {_first_line(e)}") from None
-    family_of_type(model.config.model_type)
+    require_supported(model.config.model_type)
+    # The weights are plain floats now, but transformers still takes them for GGUF and would refuse to save them.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     return model
 
 
 def _load_directory(directory: Path, dtype: str | torch.dtype, device: torch.device) -> PreTrainedModel:
-    family_of_type(read_config(directory)["model_type"])
+    require_supported(read_config(directory)["model_type"])
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -106,7 +118,11 @@ def _load_directory(directory: Path, dtype: str | torch.dtype, device: torch.dev
 
 
 def _refuse_incomplete(directory: Path, info: dict[str, Any]) -> None:
-    for kind, word in (("missing_keys", "missing"), ("unexpected_keys", "left over"), ("mismatched_keys", "mis-shaped")):
+    for kind, word in (
+        ("missing_keys", "missing"),
+        ("unexpected_keys", "left over"),
+        ("mismatched_keys", "mis-shaped"),
+    ):
         names = sorted(str(n[0] if isinstance(n, tuple) else n) for n in info.get(kind) or ())
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""

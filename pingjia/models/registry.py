@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pingjia.errors import ModelError
+from pingjia.models import chatglm, chatglm2
+from pingjia.models.chatglm_config import ChatGLM2Config, ChatGLMConfig
 from pingjia.models.family import LLAMA_LIKE, Family
 
 GLM4 = Family(
@@ -27,14 +29,22 @@ FAMILIES: dict[str, Family] = {
     "glm4": GLM4,
 }
 
+# All generations of ChatGLM write model_type "chatglm"; which one it is, their config class says.
+SUPPORTED = tuple(sorted({*FAMILIES, "chatglm"}))
+
 
 def family_of(model_or_config: Any) -> Family:
     """The family of a loaded network or of its config. Raises ModelError naming the model_type found."""
     config = getattr(model_or_config, "config", model_or_config)
-    return family_of_type(config.model_type)
+    if isinstance(config, ChatGLMConfig):
+        return chatglm.FAMILY
+    if isinstance(config, ChatGLM2Config):
+        return chatglm2.FAMILY
+    require_supported(config.model_type)
+    return FAMILIES[config.model_type]
 
 
-def family_of_type(model_type: str) -> Family:
-    if model_type not in FAMILIES:
-        raise ModelError(f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[model_type]
+def require_supported(model_type: str) -> None:
+    """Raise ModelError naming the model_type unless this package runs it."""
+    if model_type not in SUPPORTED:
+        raise ModelError(f"model_type {model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")

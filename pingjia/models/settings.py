@@ -12,4 +12,5 @@ class ModelSettings(Section):
 
     model_name_or_path: str
     dtype: Dtype = "auto"  # auto: the checkpoint's own on a GPU, float32 on a CPU
+    quantization_bit: Literal[4, 8] | None = None  # pack the base's linears; the adapter stays in floats (QLoRA)
     device: str = "auto"  # auto: cuda, npu or mps when torch finds one, else cpu

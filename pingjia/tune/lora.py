@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from pingjia.errors import TrainingError
 from pingjia.models.family import Family
+from pingjia.quant.convert import count_weights
 from pingjia.recipe import near_miss
 from pingjia.tune.settings import TuneSettings
 
@@ -87,7 +88,7 @@ def add_adapter(model: PreTrainedModel, targets: Targets, settings: TuneSettings
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """(trainable, all). Packed quantised weights count as the numbers they stand for."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trainable, sum(p.numel() for p in model.parameters())
+    return trainable, count_weights(model)
 
 
 def _lora_a(model: torch.nn.Module) -> list[str]:

@@ -50,7 +50,9 @@ def rehearse(model_settings: ModelSettings, data_settings: DataSettings, setting
     with Meter() as meter:
         tokenizer = chat.load_tokenizer(model_settings.model_name_or_path)
         model = load_model(
-            model_settings.model_name_or_path, dtype=model_settings.dtype, device=pick_device(model_settings.device)
+            model_settings.model_name_or_path,
+            dtype=model_settings.dtype,
+            device=pick_device(model_settings.device, bits=model_settings.quantization_bit),
         )
         cutoff_len = min(data_settings.cutoff_len, max_model_len(model.config))
         rows, dropped = encode_rows(data_settings.dataset, data_settings, tokenizer, cutoff_len)

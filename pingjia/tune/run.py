@@ -91,7 +91,12 @@ def train(
     with _only_run_in(output_dir), Meter() as meter:
         tokenizer = chat.load_tokenizer(model_settings.model_name_or_path)
         device = pick_device(model_settings.device)
-        model = load_model(model_settings.model_name_or_path, dtype=model_settings.dtype, device=device)
+        model = load_model(
+            model_settings.model_name_or_path,
+            dtype=model_settings.dtype,
+            device=device,
+            bits=model_settings.quantization_bit,
+        )
         cutoff_len = min(data_settings.cutoff_len, max_model_len(model.config))
         rows, dropped = encode_rows(data_settings.dataset, data_settings, tokenizer, cutoff_len)
         eval_rows = (

@@ -49,7 +49,10 @@ class StepResult:
 
 def build_batch(rows: Sequence[Encoded], family: Family, config: object, device: torch.device) -> MicroBatch:
     """Lay rows end to end; no padding, and no row sees another."""
-    ids, positions, prefix_lens, keep, target = [], [], [], [], []
+    ids: list[int] = []
+    keep: list[int] = []
+    target: list[int] = []
+    positions, prefix_lens = [], []
     for row in rows:
         start = len(ids)
         positions.append(family.positions(config, row.ids, 0, len(row.ids)))
