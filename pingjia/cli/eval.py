@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pingjia.cli.console import console, progress_bar
+from pingjia.cli.console import console, errors, progress_bar
 from pingjia.cli.schema import Recipe, ledger_path, load_recipe
 from pingjia.cli.train import Overrides, RecipePath
 from pingjia.errors import DataError, RecipeError
@@ -127,7 +127,7 @@ def _ask(questions: Sequence[Example], generator: Generator, settings: EvalSetti
     from pingjia.evaluate import evaluate as run_evaluation
     from pingjia.evaluate import select
 
-    with progress_bar() as progress:
+    with progress_bar(errors) as progress:  # stdout may be read as JSON
         task = progress.add_task(f"answers {label}", total=len(select(questions, settings.max_questions)), note="")
         return run_evaluation(questions, generator, settings, on_done=lambda index, answer: progress.advance(task))
 
