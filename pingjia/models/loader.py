@@ -19,8 +19,8 @@ from transformers.utils import logging as hf_logging
 
 from pingjia.errors import ModelError
 from pingjia.locate import locate_model
-from pingjia.models.device import pick_device, pick_dtype
 from pingjia.models.checkpoint import load_chatglm
+from pingjia.models.device import pick_device, pick_dtype
 from pingjia.models.registry import require_supported
 from pingjia.quant import quantize_model
 

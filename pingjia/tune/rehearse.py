@@ -52,7 +52,8 @@ def rehearse(model_settings: ModelSettings, data_settings: DataSettings, setting
         model = load_model(
             model_settings.model_name_or_path,
             dtype=model_settings.dtype,
-            device=pick_device(model_settings.device, bits=model_settings.quantization_bit),
+            device=pick_device(model_settings.device),
+            bits=model_settings.quantization_bit,
         )
         cutoff_len = min(data_settings.cutoff_len, max_model_len(model.config))
         rows, dropped = encode_rows(data_settings.dataset, data_settings, tokenizer, cutoff_len)
