@@ -14,7 +14,7 @@ from pingjia.chat import StreamDecoder, Tokenizer, load_tokenizer
 from pingjia.engine import Engine, EngineSettings
 from pingjia.errors import ModelError
 from pingjia.models import load_model
-from pingjia.types import Encoded, Example, Message, Sampling
+from pingjia.types import Encoded, Example, Message
 
 VOCAB = 128
 
@@ -77,14 +77,14 @@ def make_tiny_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**(shape | changes))).eval()
 
 
+@pytest.fixture(scope="session")
+def make_tiny() -> Callable[..., LlamaForCausalLM]:
+    return make_tiny_model
+
+
 @pytest.fixture
 def tiny_model() -> LlamaForCausalLM:
     return make_tiny_model()
-
-
-@pytest.fixture
-def another_tiny_model() -> LlamaForCausalLM:
-    return make_tiny_model(seed=1)
 
 
 @pytest.fixture
@@ -119,6 +119,3 @@ def reference() -> Callable[..., list[int]]:
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[PreTrainedModel, Tokenizer]:
     return load_model("smollm2"), load_tokenizer("smollm2")
-
-
-GREEDY = Sampling(max_tokens=16)

@@ -1,0 +1,312 @@
+"""The scheduler and the page allocator under random load, before a fake network that checks what it is fed.
+
+The fake stores in every slot a value that depends on all that a real key would depend on, and compares every slot a
+sequence reads with what that sequence should find there: a page owned twice, reused stale or computed from half a
+prompt is seen at once.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import pytest
+
+from pingjia.engine.pages import PageAllocator
+from pingjia.engine.scheduler import Scheduler, Seats
+from pingjia.engine.sequence import Sequence, Slice
+
+STOP = 0
+NUM_STEPS = 3_000  # of each of the 14 scenes
+ADAPTERS = {None: 101, "a": 102, "b": 103}  # numbers, because the hash of a string differs from run to run
+
+
+def causal_values(sequence: Sequence, stop: int) -> list[int]:
+    """A key depends on the tokens up to its own, and on the adapter."""
+    values, value = [], hash((ADAPTERS[sequence.adapter],))
+    for token in sequence.tokens[:stop]:
+        value = hash((value, token))
+        values.append(value)
+    return values
+
+
+def two_way_values(sequence: Sequence, stop: int) -> list[int]:
+    """A key of the prompt depends on all of the prompt that is there; later ones on the tokens up to their own."""
+    seen = min(stop, sequence.num_prompt)
+    value = hash((ADAPTERS[sequence.adapter], tuple(sequence.tokens[:seen])))
+    values = [hash((value, i)) for i in range(seen)]
+    for token in sequence.tokens[seen:stop]:
+        value = hash((value, token))
+        values.append(value)
+    return values
+
+
+def next_token(values: Seq[int]) -> int:
+    return hash(values[-1]) % 23
+
+
+def true_answer(prompt: Seq[int], adapter: str | None, max_tokens: int, values_of) -> list[int]:
+    """What a request must get whatever else happens."""
+    alone = Sequence("alone", 0, list(prompt), adapter=adapter)
+    while len(alone.tokens) - len(prompt) < max_tokens and (len(alone.tokens) == len(prompt) or alone.tokens[-1] != STOP):
+        alone.tokens.append(next_token(values_of(alone, len(alone.tokens))))
+    return alone.tokens[len(prompt) :]
+
+
+@dataclass
+class House:
+    """One simulated engine: load comes in, steps are taken, everything is checked after each."""
+
+    seats: Seats
+    num_pages: int
+    rng: random.Random
+    reuse: bool = True
+    fail_rate: float = 0.0
+    slots: dict[int, int] = field(default_factory=dict)
+    live: dict[str, tuple[Sequence, int]] = field(default_factory=dict)
+    ends: Counter = field(default_factory=Counter)
+    num_accepted: int = 0
+    num_steps: int = 0
+    num_cached: int = 0
+    num_split: int = 0
+
+    def __post_init__(self) -> None:
+        self.pages = PageAllocator(self.num_pages, reuse=self.reuse)
+        self.scheduler = Scheduler(self.seats, self.pages)
+        self.values_of = causal_values if self.seats.causal_prompt else two_way_values
+        self.beginnings = [[self.rng.randrange(1, 23) for _ in range(40)] for _ in range(3)]
+
+    @property
+    def capacity(self) -> int:
+        return self.num_pages * self.seats.page_size
+
+    def arrive(self, num_prompt: int, max_tokens: int) -> None:
+        prompt = [self.rng.randrange(1, 23) for _ in range(num_prompt)]
+        if self.rng.random() < 0.7:  # most share a beginning with others, some are equal as a whole
+            beginning = self.rng.choice(self.beginnings)
+            prompt[: len(beginning)] = beginning[:num_prompt]
+        adapter = self.rng.choice([None, *ADAPTERS])
+        self.admit(prompt, adapter, max_tokens)
+
+    def admit(self, prompt: list[int], adapter: str | None, max_tokens: int) -> str:
+        name = f"r{self.num_accepted}"
+        root = str((adapter, None if self.seats.causal_prompt else prompt)).encode()
+        sequence = Sequence(name, self.num_accepted, list(prompt), root=root, adapter=adapter)
+        self.num_accepted += 1
+        self.live[name] = (sequence, max_tokens)
+        self.scheduler.add(sequence)
+        return name
+
+    def cancel_one(self) -> None:
+        if self.live:
+            self.end(self.rng.choice(list(self.live)))
+
+    def end(self, name: str) -> None:
+        sequence, _ = self.live.pop(name)
+        self.scheduler.drop(sequence)
+        self.ends[name] += 1
+
+    def step(self) -> list[Slice]:
+        plan = self.scheduler.plan()
+        self.num_steps += bool(plan)
+        self.check_plan(plan)
+        done: list[tuple[Slice, int | None]] = []
+        for piece in plan:
+            token = self.compute(piece)
+            if self.rng.random() >= self.fail_rate:
+                done.append((piece, token))
+        self.scheduler.commit(done)
+        self.check_ownership()
+        succeeded = {piece for piece, _ in done}
+        for piece in plan:
+            if piece not in succeeded:
+                self.end(piece.sequence.id)
+            elif piece.samples:
+                self.maybe_finish(piece.sequence)
+        return plan
+
+    def compute(self, piece: Slice) -> int | None:
+        """The fake network: check what is read, write what is computed, return the next token where one is due."""
+        sequence, size = piece.sequence, self.seats.page_size
+        slots = [sequence.pages[i // size] * size + i % size for i in range(piece.stop)]
+        truth = self.values_of(sequence, len(sequence.tokens))
+        assert [self.slots.get(s) for s in slots[: piece.start]] == truth[: piece.start], "read stale or foreign keys"
+        self.num_split += piece.start < sequence.num_prompt and piece.stop < sequence.num_prompt
+        values = self.values_of(sequence, piece.stop)
+        for i in range(piece.start, piece.stop):
+            self.slots[slots[i]] = values[i]
+        assert values == truth[: piece.stop], "computed from half a prompt"
+        return next_token(values) if piece.samples else None
+
+    def maybe_finish(self, sequence: Sequence) -> None:
+        _, max_tokens = self.live[sequence.id]
+        answer = sequence.tokens[sequence.num_prompt :]
+        if answer[-1] == STOP or len(answer) == max_tokens:
+            prompt = sequence.tokens[: sequence.num_prompt]
+            assert answer == true_answer(prompt, sequence.adapter, max_tokens, self.values_of)
+            self.num_cached += sequence.num_cached or 0
+            self.end(sequence.id)
+
+    def check_plan(self, plan: list[Slice]) -> None:
+        assert bool(plan) == bool(self.live)
+        if not plan:
+            return
+        sequences = [piece.sequence for piece in plan]
+        assert len(set(sequences)) == len(plan) <= self.seats.max_num_seqs
+        assert set(sequences) <= set(self.scheduler.running)
+        oldest = min((s for s, _ in self.live.values()), key=lambda s: s.arrival)
+        assert oldest in sequences, "the oldest request was left out of a step"
+        decoding = [s for s in self.scheduler.running if s.remaining == 1]
+        assert set(decoding) <= set(sequences), "an answer did not get its token"
+        self.check_budget([piece for piece in plan if piece.sequence not in decoding], len(decoding))
+
+    def check_budget(self, prefills: list[Slice], num_decodes: int) -> None:
+        room = max(self.seats.max_num_batched_tokens - num_decodes, 1)
+        if not self.seats.causal_prompt:
+            for piece in prefills:
+                whole = piece.stop >= piece.sequence.num_prompt or piece.start >= piece.sequence.num_prompt
+                assert whole, "a two-way prompt was cut"
+            # The oldest prompt may exceed the budget, since it cannot be cut.
+            prefills = sorted(prefills, key=lambda piece: piece.sequence.arrival)[1:]
+        assert sum(piece.num_tokens for piece in prefills) <= room
+
+    def check_ownership(self) -> None:
+        owners = Counter(page for s in self.scheduler.running for page in s.pages)
+        assert {p: n for p, n in enumerate(self.pages._owners) if n} == dict(owners), "a page leaked or is owned in error"
+        free, idle = self.pages._free, list(self.pages._idle)
+        assert sorted([*free, *idle, *owners]) == list(range(self.num_pages)), "a page is lost or is in two places"
+        assert not any(s.pages for s in self.scheduler.waiting)
+        assert self.pages._page_of == {key: page for page, key in self.pages._key_of.items()}
+        for sequence in self.scheduler.running:
+            for page in sequence.pages[sequence.num_computed // self.seats.page_size :]:
+                assert owners[page] == 1, "a page that is still written to is shared"
+
+    def drain(self) -> None:
+        while self.live:
+            self.step()
+        assert self.pages.num_free == self.num_pages
+        assert not self.scheduler.running
+        assert not self.scheduler.waiting
+        assert set(self.ends.values()) <= {1}
+        assert len(self.ends) == self.num_accepted
+
+
+SCENES = [
+    Seats(max_num_seqs=8, max_num_batched_tokens=32, page_size=4),
+    Seats(max_num_seqs=4, max_num_batched_tokens=7, page_size=4),
+    Seats(max_num_seqs=12, max_num_batched_tokens=6, page_size=1),
+    Seats(max_num_seqs=1, max_num_batched_tokens=16, page_size=8),
+    Seats(max_num_seqs=8, max_num_batched_tokens=512, page_size=16),
+    Seats(max_num_seqs=8, max_num_batched_tokens=24, page_size=4, causal_prompt=False),
+    Seats(max_num_seqs=3, max_num_batched_tokens=90, page_size=8, causal_prompt=False),
+]
+
+
+def run_random_load(house: House, num_steps: int) -> None:
+    """Busy and quiet phases, short and long prompts, cancels and failures, until `num_steps` have been taken."""
+    rng, longest = house.rng, house.capacity
+    rate, max_prompt = 0.3, 30
+    while house.num_steps < num_steps:
+        if rng.random() < 0.01:
+            rate, max_prompt = rng.choice([0.05, 0.3, 1.5]), rng.choice([10, 30, 75])
+        if rng.random() < rate and len(house.live) < 40:
+            num_prompt = rng.randint(1, min(max_prompt, longest - 2))
+            house.arrive(num_prompt, rng.randint(1, min(25, longest - num_prompt)))
+        if rng.random() < 0.02:
+            house.cancel_one()
+        house.step()
+    house.drain()
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("scene", SCENES, ids=str)
+def test_nothing_leaks_and_every_answer_is_right_under_random_load(scene: Seats, reuse: bool) -> None:
+    house = House(scene, num_pages=100 // scene.page_size, rng=random.Random(repr(scene)), reuse=reuse, fail_rate=0.001)
+    run_random_load(house, NUM_STEPS)
+    assert house.num_accepted > 50
+    assert (house.num_cached > 0) == reuse
+    if scene.max_num_seqs > 1 and scene.page_size < 16:
+        assert house.scheduler.num_preemptions > 10, "the scene was meant to run out of pages"
+    if scene.causal_prompt and scene.max_num_batched_tokens < 75:
+        assert house.num_split > 10, "the scene was meant to cut prompts"
+
+
+def test_naive_prefix_reuse_on_a_two_way_prompt_is_caught() -> None:
+    """Planted: pages keyed without the whole prompt. The fake network must notice."""
+    house = House(SCENES[5], num_pages=40, rng=random.Random(1))
+    shared = [5] * 12
+    house.admit([*shared, 1, 2], None, 2)
+    house.drain()
+    sequence = Sequence("naive", 99, [*shared, 3, 4], root=str((None, [*shared, 1, 2])).encode())
+    house.live["naive"] = (sequence, 2)
+    house.scheduler.add(sequence)
+    with pytest.raises(AssertionError, match="stale or foreign"):
+        house.step()
+
+
+def test_cutting_a_two_way_prompt_is_caught() -> None:
+    """Planted: a scheduler that takes the two-way family for a causal one."""
+    house = House(Seats(4, 8, 4, causal_prompt=True), num_pages=40, rng=random.Random(1))
+    house.values_of = two_way_values
+    house.admit(list(range(1, 20)), None, 2)
+    with pytest.raises(AssertionError, match="half a prompt"):
+        house.step()
+
+
+def test_a_short_prompt_does_not_queue_behind_a_flood_of_long_ones() -> None:
+    house = House(Seats(8, 32, 4), num_pages=1000, rng=random.Random(3))
+    for _ in range(20):
+        house.admit([house.rng.randrange(1, 23) for _ in range(150)], None, 5)
+    house.step()
+    name = house.admit([1, 2, 3, 4, 5], None, 50)
+    assert name in {piece.sequence.id for piece in house.step()}
+
+
+def test_a_flood_of_short_prompts_costs_a_long_one_at_most_half_its_speed() -> None:
+    house = House(Seats(8, 32, 4), num_pages=1000, rng=random.Random(3))
+    long = house.admit([house.rng.randrange(1, 23) for _ in range(160)], None, 1)
+    steps = 0
+    while long in house.live:
+        for _ in range(5):
+            house.admit([house.rng.randrange(1, 23) for _ in range(9)], None, 1)
+        house.step()
+        steps += 1
+    assert steps <= 160 / 16
+
+
+def test_the_last_seat_is_kept_for_the_first_in_the_queue() -> None:
+    house = House(Seats(2, 16, 4), num_pages=1000, rng=random.Random(3))
+    first, second = (house.admit([house.rng.randrange(1, 23) for _ in range(100)], None, 3) for _ in range(2))
+    house.step()
+    short = house.admit([1, 2, 3], None, 3)
+    while first in house.live:
+        ids = {piece.sequence.id for piece in house.step()}
+        assert short not in ids
+    assert second in {s.id for s in house.scheduler.running}
+
+
+def test_preemption_takes_the_youngest_and_keeps_its_tokens() -> None:
+    house = House(Seats(4, 64, 4), num_pages=8, rng=random.Random(7), reuse=False)
+    prompts = [[token] * 11 for token in range(1, 23)]
+    endless = [p for p in prompts if len(true_answer(p, None, 20, causal_values)) == 20]
+    old, young = (house.admit(prompt, None, 20) for prompt in endless[:2])
+    while not house.scheduler.num_preemptions:
+        house.step()
+    victim = house.live[young][0]
+    assert victim in house.scheduler.waiting
+    assert len(victim.tokens) > 11
+    assert house.live[old][0] in house.scheduler.running
+    house.drain()
+
+
+def test_a_whole_prompt_that_is_equal_is_reused_in_a_two_way_family() -> None:
+    house = House(SCENES[5], num_pages=40, rng=random.Random(1))
+    for _ in range(2):
+        house.admit(list(range(1, 20)), None, 2)
+        house.drain()
+    assert house.num_cached == 16
+    house.admit([*range(1, 19), 7], None, 2)
+    house.drain()
+    assert house.num_cached == 16
