@@ -7,6 +7,8 @@ are not zero, then `note`. The file is append-only: one `write` per fact, so lin
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -64,8 +66,10 @@ class Ledger:
             row["note"] = fact.note
         line = json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab", buffering=0) as file:
-            file.write(line.encode())
+        with open(self.path, "a+b", buffering=0) as file:
+            data = (b"" if _ends_whole(file) else b"\n") + line.encode()
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         return fact
 
     def read(self, *, kind: str | None = None, run: str | None = None) -> Iterator[Fact]:
@@ -88,3 +92,9 @@ class Ledger:
                 if run is not None and fact.run != run:
                     continue
                 yield fact
+
+
+def _ends_whole(file: io.FileIO) -> bool:
+    """Whether the last line is finished. After a crash in mid-write it is not, and would swallow the next fact."""
+    size = file.seek(0, os.SEEK_END)
+    return size == 0 or os.pread(file.fileno(), 1, size - 1) == b"\n"
