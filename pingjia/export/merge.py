@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel
 
 from pingjia.errors import ModelError
@@ -62,7 +64,7 @@ def merge_adapter(
     prompts = [chat["ids"] for chat in about["chat"]["golden"]]
     model = load_model(base, dtype=dtype)
     _require_same_base(model, about["base"]["fingerprint"], base)
-    tensors = safetensors.torch.load_file(adapter_dir / ADAPTER_FILE)
+    tensors = _read_adapter(adapter_dir)
     require_nonzero_adapter(tensors)
     plain = _logits(model, prompts)
     adapted = PeftModel.from_pretrained(model, adapter_dir)
@@ -86,6 +88,15 @@ def merge_adapter(
         _require_proof(report)
         write_bytes(folder / "export_report.json", (json.dumps(asdict(report), indent=2) + "\n").encode())
     return report
+
+
+def _read_adapter(adapter_dir: Path) -> dict[str, torch.Tensor]:
+    """The adapter's tensors. ModelError for a file that is missing or torn, before PEFT looks for it elsewhere."""
+    try:
+        json.loads((adapter_dir / CONFIG_NAME).read_bytes())
+        return safetensors.torch.load_file(adapter_dir / ADAPTER_FILE)
+    except (OSError, ValueError, safetensors.SafetensorError) as e:
+        raise ModelError(f"{adapter_dir}: the adapter cannot be read: {e}") from None
 
 
 def _require_same_base(model: PreTrainedModel, fingerprint: str, base: str | Path) -> None:
