@@ -100,6 +100,9 @@ class HFTokenizer:
         stream = self._new_stream()
         return stream.feed(ids) + stream.flush()
 
+    def stream_answer(self) -> StreamDecoder:
+        return self.stream()
+
     def stream(self) -> StreamDecoder:
         return self._new_stream()
 

@@ -70,7 +70,11 @@ class Tokenizer(Protocol):
         ...
 
     def stream(self) -> StreamDecoder:
-        """A fresh decoder for one answer."""
+        """A fresh decoder; its joined pieces equal `decode` of all ids."""
+        ...
+
+    def stream_answer(self) -> StreamDecoder:
+        """A fresh decoder for what a reader is shown of one answer: `stream`, and the family's finishing touches."""
         ...
 
     def save(self, directory: Path) -> None:

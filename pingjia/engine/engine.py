@@ -199,12 +199,12 @@ class Engine:
                 next(self._arrivals),
                 list(prompt_ids),
                 root=self._root(digest, prompt_ids),
-                prefix_len=self._family.prefix_len(self._config, prompt_ids),
+                prefix_len=self._prefix_len(prompt_ids),
                 adapter=digest,
             )
             seed = request.sampling.seed if request.sampling.seed is not None else self._seeds.getrandbits(63)
             sampler = Sampler(request.sampling, prompt_ids, seed)
-            answer = Answer(request.sampling, self.tokenizer.stop_ids, self.tokenizer.stream(), len(prompt_ids))
+            answer = Answer(request.sampling, self.tokenizer.stop_ids, self.tokenizer.stream_answer(), len(prompt_ids))
             self._live[request.id] = _Live(request, sequence, sampler, answer)
             self._scheduler.add(sequence)
 
@@ -339,6 +339,12 @@ class Engine:
                 f"but a request may have {longest} here; shorten the prompt or lower max_tokens"
             )
         return self._served.digest(request.adapter)
+
+    def _prefix_len(self, prompt_ids: tuple[int, ...]) -> int:
+        try:
+            return self._family.prefix_len(self._config, prompt_ids)
+        except ModelError as e:  # ids that were not rendered for this family
+            raise RequestError(str(e), param="prompt") from None
 
     def _root(self, digest: str | None, prompt_ids: tuple[int, ...]) -> bytes:
         """What a KV page depends on besides the tokens up to its end."""

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from pingjia.errors import ModelError
 from pingjia.models import base_fingerprint, load_model
+from pingjia.models.loader import quiet
 from pingjia.tune.checkpoint import ADAPTER_FILE, new_directory, write_bytes
 from pingjia.tune.guards import require_nonzero_adapter
 from pingjia.tune.run import read_about
@@ -72,7 +73,8 @@ def merge_adapter(
     wanted = _logits(adapted, prompts)
     merged = adapted.merge_and_unload()
     with new_directory(out) as folder:
-        merged.save_pretrained(folder)
+        with quiet():
+            merged.save_pretrained(folder)
         save_tokenizer(folder)
         got = _logits(load_model(folder, dtype=dtype), prompts)
         report = ExportReport(

@@ -43,7 +43,7 @@ def load_model(
     target = device if isinstance(device, torch.device) else pick_device(device)
     if bits not in (None, 4, 8):
         raise ModelError(f"bits={bits}: weights can be packed to 4 or 8 bits, or left as they are (None)")
-    with _quiet():
+    with quiet():
         if location.is_dir() and read_config(location)["model_type"] == "chatglm":
             return load_chatglm(location, dtype=dtype, device=target, bits=bits)
         if location.is_file():
@@ -135,7 +135,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers prints bars and weight reports to the terminal; ours say what matters."""
     before, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity(logging.CRITICAL)

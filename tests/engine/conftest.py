@@ -54,6 +54,9 @@ class LetterTokenizer:
     def encode_example(self, example: Example) -> Encoded:
         raise ModelError("not used by the engine")
 
+    def stream_answer(self) -> StreamDecoder:
+        return self.stream()
+
     def stream(self) -> StreamDecoder:
         return Letters()
 
