@@ -135,6 +135,6 @@ def _logprob(logits_V: torch.Tensor, token_id: int, num_top: int | None) -> Toke
     if num_top is None:
         return None
     logprobs_V = logits_V.log_softmax(-1)
-    best = logprobs_V.topk(num_top)
+    best = logprobs_V.topk(min(num_top, logprobs_V.shape[-1]))
     top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
     return TokenLogprob(token_id, float(logprobs_V[token_id]), top)

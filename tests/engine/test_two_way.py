@@ -1,0 +1,128 @@
+"""ChatGLM-6B: prompts that see themselves both ways, two rows of positions; and ChatGLM2 beside it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pingjia.chat import Tokenizer, load_tokenizer
+from pingjia.engine import Engine, EngineSettings
+from pingjia.engine.kv import visible
+from pingjia.errors import RequestError
+from pingjia.models import load_model
+from pingjia.models.chatglm import ChatGLMForCausalLM
+from pingjia.models.chatglm_config import ChatGLMConfig
+from pingjia.types import Completion, Request, Sampling
+
+FIXTURES = Path(__file__).resolve().parents[2] / ".." / "shared" / "fixtures" / "chatglm"
+GMASK, SOP, EOP = 124, 126, 127
+PROMPT_SAMPLING = Sampling(max_tokens=25)
+
+
+def make_glm(seed: int = 0) -> ChatGLMForCausalLM:
+    """Random weights, large enough that a wrong mask or position changes the answer."""
+    config = ChatGLMConfig(
+        vocab_size=128, hidden_size=48, num_layers=3, num_attention_heads=4, inner_hidden_size=64,
+        max_sequence_length=512, mask_token_id=123, gmask_token_id=GMASK, bos_token_id=SOP, eos_token_id=EOP, tie_word_embeddings=False,
+    )  # fmt: skip
+    model, generator = ChatGLMForCausalLM(config), torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5 + ("layernorm.weight" in name)
+    return model.eval()
+
+
+@pytest.fixture
+def glm_tokenizer(letters: Tokenizer) -> Any:
+    class GLMLetters(type(letters)):  # type: ignore[misc]
+        stop_ids = frozenset({EOP})
+
+        def render_text(self, text: str) -> list[int]:
+            return [*self.encode(text), GMASK, SOP]
+
+    return GLMLetters()
+
+
+def some_prompts() -> list[str]:
+    """Many share a beginning of several pages; two are equal."""
+    rng = random.Random(0)
+    beginning = "".join(chr(rng.randrange(32, 120)) for _ in range(40))
+    ends = ["".join(chr(rng.randrange(32, 120)) for _ in range(rng.randrange(1, 30))) for _ in range(6)]
+    return [beginning + end for end in ends] + ends[:3] + [beginning + ends[0]]
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "a budget smaller than every prompt": {"max_num_batched_tokens": 7},
+    "preemption": {"page_size": 4, "kv_cache_tokens": 200},
+    "no prefix cache": {"prefix_caching": False},
+}
+
+
+@pytest.fixture(scope="module")
+def expected(reference: Callable[..., list[int]]) -> list[list[int]]:
+    model = make_glm()
+    return [reference(model, [*map(ord, p), GMASK, SOP], 25, frozenset({EOP})) for p in some_prompts()]
+
+
+def ids_of(answers: list[Completion]) -> list[list[int]]:
+    return [list(answer.token_ids) for answer in answers]
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_two_way_prompts_equal_generate(glm_tokenizer: Tokenizer, expected: list[list[int]], settings: Any) -> None:
+    engine = Engine(make_glm(), tokenizer=glm_tokenizer, settings=EngineSettings(**settings))
+    assert len({tuple(ids[:6]) for ids in expected}) == 9, "answers must differ, or a wrong mask would not show"
+    for _ in range(2):
+        assert ids_of(engine.generate(some_prompts(), PROMPT_SAMPLING)) == expected
+    if "kv_cache_tokens" in settings:
+        assert engine._scheduler.num_preemptions > 0
+    elif settings.get("prefix_caching", True):
+        assert engine.stats().cached_tokens_total > 0
+
+
+def test_reusing_a_beginning_as_a_causal_family_may_is_caught(
+    glm_tokenizer: Tokenizer, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: pages found again by the tokens before them alone. The comparison above must not survive it."""
+    monkeypatch.setattr(Engine, "_root", lambda self, digest, prompt_ids: b"naive")
+    engine = Engine(make_glm(), tokenizer=glm_tokenizer, settings=EngineSettings(max_num_seqs=1))
+    assert ids_of(engine.generate(some_prompts(), PROMPT_SAMPLING)) != expected
+    assert engine.stats().cached_tokens_total > 0
+
+
+def test_a_prompt_without_the_marks_of_its_family_is_the_requests_fault(glm_tokenizer: Tokenizer) -> None:
+    engine = Engine(make_glm(), tokenizer=glm_tokenizer)
+    with pytest.raises(RequestError, match="must hold"):
+        engine.add(Request("r", (65, 66, 67), Sampling()))
+    assert not engine.has_work()
+
+
+def test_what_a_token_may_see() -> None:
+    assert visible(0, 4, 2).int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert visible(2, 4, 0).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert visible(2, 5, 4).int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    with pytest.raises(AssertionError, match="must not be cut"):
+        visible(0, 3, 4)
+
+
+# ---- trained networks of the published code
+
+
+@pytest.mark.parametrize("name", ["tiny_v1_chat", "tiny_v1_chat_int8", "tiny_v1_chat_int4", "tiny_v2"])
+def test_trained_chatglm_answers_alike_in_a_batch_and_alone(name: str, reference: Callable[..., list[int]]) -> None:
+    if not (FIXTURES / name).is_dir():
+        pytest.skip(f"no {name} in ../shared/fixtures/chatglm beside the repository")
+    model, tokenizer = load_model(FIXTURES / name), load_tokenizer(FIXTURES / name)
+    chats = [[{"role": "user", "content": text}] for text in ("你好", "介绍一下清华大学", "hello", "你好，你是谁？")]
+    wanted = [reference(model, tokenizer.render(chat), 30, tokenizer.stop_ids) for chat in chats]
+    engine = Engine(model, tokenizer=tokenizer, settings=EngineSettings(max_num_batched_tokens=9, page_size=4))
+    for _ in range(2):
+        answers = engine.generate(chats, Sampling(max_tokens=30))
+        assert ids_of(answers) == wanted
+        assert [a.text for a in answers] == [tokenizer.decode(ids) for ids in wanted]
+    assert len({a.text for a in answers}) > 2
