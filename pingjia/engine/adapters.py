@@ -71,7 +71,9 @@ def read_adapter(path: str | Path, model: PreTrainedModel, tokenizer: Tokenizer,
     _refuse_other_base(path, tokenizer, base_fingerprint)
     tensors, linears = _tensors(path, files[WEIGHTS_FILE]), _linears(model)
     _refuse_missing(path, tensors, _targets(path, config, linears))
-    weights = {name: _weights(path, name, pair, config, linears[name], model.device) for name, pair in tensors.items()}
+    weights = {
+        name: _weights(path, name, pair, config, linears[name], model.device) for name, pair in sorted(tensors.items())
+    }
     _refuse_idle(path, weights.values())
     digest = hashlib.sha256(files[CONFIG_FILE] + b"\0" + files[WEIGHTS_FILE]).hexdigest()
     return Adapter(path, digest, weights)

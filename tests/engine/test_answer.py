@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -34,7 +35,7 @@ def test_stop_strings_are_found_however_the_text_is_cut(text: str, stops: list[s
     finder, said = StopStrings(tuple(stops)), ""
     edges = [0, *sorted(min(c, len(text)) for c in cuts), len(text)]
     stopped = False
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         piece, stopped = finder.push(text[start:end])
         said += piece
         assert text.startswith(said), "what has been said is never taken back"

@@ -41,7 +41,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def expected(reference: Callable[..., list[int]], letters: Tokenizer, make_tiny: Callable[..., LlamaForCausalLM]) -> Any:
+def expected(
+    reference: Callable[..., list[int]], letters: Tokenizer, make_tiny: Callable[..., LlamaForCausalLM]
+) -> Any:
     model = make_tiny()
     return [reference(model, letters.render_text(p), 40, letters.stop_ids) for p in some_prompts()]
 
@@ -250,7 +252,7 @@ def test_generate_raises_at_the_end_when_an_answer_failed(
     engine, ended = tiny_engine(max_num_seqs=1), []
     run = engine._runner.run
     monkeypatch.setattr(engine._runner, "run", lambda slices: run(slices) if ended else run(slices) * torch.nan)
-    with pytest.raises(EngineError, match="1 of 2 answers failed.*not a number"):
+    with pytest.raises(EngineError, match=r"1 of 2 answers failed.*not a number"):
         engine.generate(["a", "b"], Sampling(max_tokens=3, ignore_eos=True), on_done=lambda i, c: ended.append(c))
     assert [c.finish_reason for c in ended] == ["error", "length"]
 
@@ -294,7 +296,7 @@ def test_stats_and_cards_say_what_happened(tiny_engine: MakeEngine) -> None:
     stats = engine.stats()
     assert (stats.prompt_tokens_total, stats.cached_tokens_total, stats.generation_tokens_total) == (66, 32, 8)
     assert (stats.kv_tokens_total, stats.kv_tokens_used, stats.num_steps) == (320, 0, 8)
-    assert 0 < stats.compute_s_total
+    assert stats.compute_s_total > 0
     (card,) = engine.models()
     assert (card.id, card.parent, card.max_model_len) == ("llama", None, 320)
     assert "320 tokens" in engine.limits.describe()

@@ -172,9 +172,7 @@ def test_the_engines_seed_makes_unseeded_requests_repeatable(tiny_engine: MakeEn
 # ---- what is reported
 
 
-def test_logprobs_are_the_models_own(
-    tiny_engine: MakeEngine, tiny_model: LlamaForCausalLM, letters: Tokenizer
-) -> None:
+def test_logprobs_are_the_models_own(tiny_engine: MakeEngine, tiny_model: LlamaForCausalLM, letters: Tokenizer) -> None:
     sampling = Sampling(max_tokens=8, temperature=0.5, top_k=3, seed=1, logprobs=4, ignore_eos=True)
     prompt = letters.render_text("hello")
     (answer,) = tiny_engine().generate("hello", sampling)

@@ -50,7 +50,9 @@ def next_token(values: Seq[int]) -> int:
 def true_answer(prompt: Seq[int], adapter: str | None, max_tokens: int, values_of) -> list[int]:
     """What a request must get whatever else happens."""
     alone = Sequence("alone", 0, list(prompt), adapter=adapter)
-    while len(alone.tokens) - len(prompt) < max_tokens and (len(alone.tokens) == len(prompt) or alone.tokens[-1] != STOP):
+    while len(alone.tokens) - len(prompt) < max_tokens and (
+        len(alone.tokens) == len(prompt) or alone.tokens[-1] != STOP
+    ):
         alone.tokens.append(next_token(values_of(alone, len(alone.tokens))))
     return alone.tokens[len(prompt) :]
 
@@ -174,7 +176,9 @@ class House:
 
     def check_ownership(self) -> None:
         owners = Counter(page for s in self.scheduler.running for page in s.pages)
-        assert {p: n for p, n in enumerate(self.pages._owners) if n} == dict(owners), "a page leaked or is owned in error"
+        assert {p: n for p, n in enumerate(self.pages._owners) if n} == dict(owners), (
+            "a page leaked or is owned in error"
+        )
         free, idle = self.pages._free, list(self.pages._idle)
         assert sorted([*free, *idle, *owners]) == list(range(self.num_pages)), "a page is lost or is in two places"
         assert not any(s.pages for s in self.scheduler.waiting)

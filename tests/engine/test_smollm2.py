@@ -51,9 +51,7 @@ def test_a_mixed_batch_equals_generate_with_and_without_reused_prefixes(
     assert [a.text for a in fresh] == [smollm2[1].decode(ids) for ids in expected]
 
 
-def test_answers_that_are_preempted_and_cut_in_pieces_equal_generate(
-    smollm2: Model, expected: list[list[int]]
-) -> None:
+def test_answers_that_are_preempted_and_cut_in_pieces_equal_generate(smollm2: Model, expected: list[list[int]]) -> None:
     engine = engine_on(smollm2, page_size=4, kv_cache_tokens=124, max_num_batched_tokens=7, prefix_caching=False)
     assert [list(a.token_ids) for a in engine.generate(CHATS, SAMPLING)] == expected
     assert engine._scheduler.num_preemptions > 0
@@ -77,7 +75,9 @@ def test_arrivals_and_cancels_midway_leave_the_other_answers_equal(smollm2: Mode
     assert got["doomed"][-1].finish_reason == "cancelled"
 
 
-def test_the_packaged_name_is_enough(monkeypatch: pytest.MonkeyPatch, smollm2: Model, expected: list[list[int]]) -> None:
+def test_the_packaged_name_is_enough(
+    monkeypatch: pytest.MonkeyPatch, smollm2: Model, expected: list[list[int]]
+) -> None:
     """Loading it a second time would only cost seconds; what is tested is the way from a name to an answer."""
     monkeypatch.setattr("pingjia.engine.engine.load_model", lambda path, **_: smollm2[0])
     engine = Engine("smollm2")

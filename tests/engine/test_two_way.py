@@ -28,7 +28,8 @@ def make_glm(seed: int = 0) -> ChatGLMForCausalLM:
     """Random weights, large enough that a wrong mask or position changes the answer."""
     config = ChatGLMConfig(
         vocab_size=128, hidden_size=48, num_layers=3, num_attention_heads=4, inner_hidden_size=64,
-        max_sequence_length=512, mask_token_id=123, gmask_token_id=GMASK, bos_token_id=SOP, eos_token_id=EOP, tie_word_embeddings=False,
+        max_sequence_length=512, mask_token_id=123, gmask_token_id=GMASK, bos_token_id=SOP, eos_token_id=EOP,
+        tie_word_embeddings=False,
     )  # fmt: skip
     model, generator = ChatGLMForCausalLM(config), torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
