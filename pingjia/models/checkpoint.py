@@ -35,7 +35,7 @@ _NETWORKS: dict[type, type[PreTrainedModel]] = {
     ChatGLM2Config: ChatGLM2ForCausalLM,
 }
 _COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")  # stored, but the published code never uses them
-_OPEN_BYTES = 2**28  # a shard is mapped anew after this much, so that its pages do not add up to a second copy
+_OPEN_BYTES = 2**26  # a shard is mapped anew after this much, so that its pages do not add up to a second copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,16 +304,15 @@ class _Filler:
         self.keep_half = packed and dtype == torch.float32
 
     def fill(self, directory: Path, stored: dict[str, StoredTensor]) -> None:
+        """Tables first: copying one is the moment that needs most memory beside the network itself."""
         tables = {n: t for n, t in stored.items() if n.removesuffix("_scale") in (self.embedding, self.head)}
-        for name, tensor in read_tensors({n: t for n, t in stored.items() if n not in tables}):
-            self._put(name, tensor)
         self._put_table(self.embedding, self._table(self.embedding, tables))
         if not self.model.config.tie_word_embeddings:
             self._put_table(self.head, self._table(self.head, tables))
-            return
-        if self.head in tables:
-            self._check_tied(directory, tables)
-        self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+        else:
+            self._tie(directory, tables)
+        for name, tensor in read_tensors({n: t for n, t in stored.items() if n not in tables}):
+            self._put(name, tensor)
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         path, _, kind = name.rpartition(".")
@@ -349,6 +348,11 @@ class _Filler:
     def _put_table(self, name: str, table: torch.Tensor) -> None:
         parameter = nn.Parameter(table, requires_grad=table.dtype == self.dtype)
         self.model.get_submodule(name.removesuffix(".weight")).weight = parameter
+
+    def _tie(self, directory: Path, tables: Mapping[str, StoredTensor]) -> None:
+        if self.head in tables:
+            self._check_tied(directory, tables)
+        self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
 
     def _check_tied(self, directory: Path, tables: Mapping[str, StoredTensor]) -> None:
         own = {n: t for n, t in tables.items() if n.removesuffix("_scale") == self.head}

@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 
 BITS = (4, 8)
-_BLOCK_ELEMENTS = 2**20  # 4 MB in float32: stays in the cache of a small machine
+_BLOCK_ELEMENTS = 2**18  # 1 MB in float32: stays in the cache of a small machine
 
 
 def row_blocks(num_rows: int, num_columns: int) -> list[slice]:
-    """Slices over rows, each about 4 MB once it is float32."""
+    """Slices over rows, each about 1 MB once it is float32."""
     step = max(1, _BLOCK_ELEMENTS // max(1, num_columns))
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 

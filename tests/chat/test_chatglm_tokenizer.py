@@ -416,6 +416,15 @@ def test_v3_roles(v3: ChatGLM3Tokenizer) -> None:
     ]
 
 
+def test_v3_special_ids_follow_the_pieces_in_the_published_order(v3: ChatGLM3Tokenizer) -> None:
+    """ChatGLM3-6B has 64,789 pieces; its prompts begin 64790, 64792, 64795 and end 64796."""
+    pieces = v3.vocab_size - 9
+    offsets = {name: v3.special_ids[name] - pieces for name in ("gmask", "sop", "user", "assistant", "observation")}
+    assert offsets == {"gmask": 1, "sop": 3, "user": 6, "assistant": 7, "observation": 8}
+    ids = v3.render([{"role": "user", "content": "你好"}])
+    assert [i - pieces for i in (*ids[:3], ids[-1])] == [1, 3, 6, 7]
+
+
 def test_v3_tools_are_listed_in_the_system_message(v3: ChatGLM3Tokenizer) -> None:
     tools = [{"name": "天气", "parameters": {}}]
     ids = v3.render([{"role": "system", "content": "简短", "tools": tools}, {"role": "user", "content": "?"}])
