@@ -108,8 +108,9 @@ def train(
         recipe = _recipe(model_settings, data_settings, settings)
         fingerprint = run_fingerprint(
             {
-                "rows": rows,
+                "rows": [(row.ids, row.learn) for row in rows],
                 "base": base,
+                "numbers": [str(model.dtype), model_settings.quantization_bit],
                 "tune": settings.model_dump(exclude=_NOT_WEIGHTS),
                 "template": tokenizer.template_digest,
             }
