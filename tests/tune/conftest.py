@@ -55,12 +55,14 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tune(tmp_path: Path, tiny_llama: Path, rows_file: Path) -> Train:
-    """tune(hooks=..., model=..., dataset=..., data={...}, **TuneSettings): train into tmp_path / "out"."""
+    """tune(hooks, model, quantization_bit, dtype, dataset, data={...}, **TuneSettings): train into tmp_path / "out"."""
 
     def run(
         *,
         hooks: Hooks = SILENT,
         model: Path = tiny_llama,
+        quantization_bit: int | None = None,
+        dtype: str = "auto",
         dataset: Path = rows_file,
         data: dict[str, Any] | None = None,
         ledger: Any = None,
@@ -68,7 +70,7 @@ def tune(tmp_path: Path, tiny_llama: Path, rows_file: Path) -> Train:
     ) -> TrainResult:
         settings = {"output_dir": str(tmp_path / "out"), **SETTINGS, **changed}
         return train(
-            ModelSettings(model_name_or_path=str(model), device="cpu"),
+            ModelSettings(model_name_or_path=str(model), quantization_bit=quantization_bit, dtype=dtype, device="cpu"),
             DataSettings(dataset=[str(dataset)], **(data or {})),
             TuneSettings(**settings),
             ledger=ledger,
