@@ -185,7 +185,7 @@ def train(directory: Path) -> dict[str, Any]:
     return {
         "train_step_s": time.perf_counter() - started,
         "train_tokens": ids.shape[1],
-        "train_loss": float(loss),
+        "train_loss": float(loss.detach()),
         "train_peak_bytes": resident("VmHWM"),
         "trainable": sum(p.numel() for p in trainable),
         "tensors_changed": sum(not torch.equal(a, b) for a, b in zip(before, trainable, strict=True)),

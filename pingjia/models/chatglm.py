@@ -31,6 +31,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from pingjia.errors import ModelError
+from pingjia.models.attention import IMPLEMENTATION
 from pingjia.models.chatglm_config import ChatGLMConfig
 from pingjia.models.eager import eager_attention
 from pingjia.models.family import Family
@@ -280,7 +281,7 @@ def glm_mask(
     """Causal, and open both ways between the prompt tokens of this call: those whose second position is 0."""
     in_prompt_BT = position_ids_B2T[:, 1] == 0
     blocks = None
-    if x.shape[1] > 1 and config._attn_implementation != "pingjia":
+    if x.shape[1] > 1 and config._attn_implementation != IMPLEMENTATION:
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         blocks = F.pad(torch.where(in_prompt_BT, 0, -1), (past, 0), value=-1)
     return create_causal_mask(

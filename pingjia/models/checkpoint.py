@@ -152,11 +152,11 @@ def read_tensors(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, torc
 def _batches(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[Path, list[str]]]:
     """Names file by file, a large file in several lots of about `_OPEN_BYTES`."""
     for file in sorted({tensor.file for tensor in stored.values()}):
-        names, size = list[str](), 0
+        names, size, limit = list[str](), 0, _OPEN_BYTES if _can_be_mapped(file) else float("inf")
         for name in (n for n, tensor in stored.items() if tensor.file == file):
             names.append(name)
             size += stored[name].num_bytes
-            if size >= _OPEN_BYTES:
+            if size >= limit:
                 yield file, names
                 names, size = [], 0
         if names:
@@ -194,13 +194,18 @@ class _Safetensors(Mapping[str, torch.Tensor]):
 
 
 def _unpickle(file: Path) -> dict[str, torch.Tensor]:
-    zipped = zipfile.is_zipfile(file)
+    zipped = _can_be_mapped(file)
     if not zipped and _starts(file, b"PK\x03\x04"):
         raise EOFError("the end of the archive is missing")
     tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise pickle.UnpicklingError("not a dict of tensors")
     return tensors
+
+
+def _can_be_mapped(file: Path) -> bool:
+    """Whether opening it costs nothing; pickles of before torch 1.6 are read as a whole."""
+    return file.suffix == ".safetensors" or zipfile.is_zipfile(file)
 
 
 def _starts(file: Path, magic: bytes) -> bool:

@@ -404,7 +404,7 @@ def test_adapters_train_save_load_and_over_floats_merge(
         assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.9 * losses[0]
     model.eval()
     trained = model(ids).logits.detach()
