@@ -31,6 +31,8 @@ from pingjia.tune.guards import require_nonzero_adapter
 ADAPTER_FILE = "adapter_model.safetensors"
 STATE_FILE = "trainer_state.pt"
 LOG_FILE = "trainer_log.jsonl"
+ABOUT_FILE = "pingjia.json"
+_ADAPTER_FILES = (ABOUT_FILE, "adapter_config.json", ADAPTER_FILE)
 _NAME = re.compile(r"checkpoint-(\d{6,})$")
 
 
@@ -114,14 +116,31 @@ def save_adapter(output_dir: Path, model: PeftModel, about: Mapping[str, Any]) -
     with new_directory(output_dir / ".adapter") as folder:
         write_adapter(folder, model)
         text = json.dumps(about, ensure_ascii=False, indent=2) + "\n"
-        write_bytes(folder / "pingjia.json", text.encode())
+        write_bytes(folder / ABOUT_FILE, text.encode())
     folder = output_dir / ".adapter"
-    names = sorted((p.name for p in folder.iterdir()), key=lambda name: name == "pingjia.json")
+    names = sorted((p.name for p in folder.iterdir()), key=lambda name: name == ABOUT_FILE)
     size = sum((folder / name).stat().st_size for name in names)
     for name in names:
         os.replace(folder / name, output_dir / name)
     folder.rmdir()
     return size
+
+
+def set_aside(output_dir: Path) -> None:
+    """Make room for a run that starts over: an adapter that is here goes to previous/, checkpoints are deleted.
+
+    Left where they are, they would be taken for the new run's as soon as that is interrupted.
+    """
+    for old in checkpoints(output_dir):
+        shutil.rmtree(old.path)
+    found = [output_dir / name for name in _ADAPTER_FILES if (output_dir / name).exists()]
+    if (output_dir / ABOUT_FILE) not in found:
+        return
+    previous = output_dir / "previous"
+    shutil.rmtree(previous, ignore_errors=True)
+    previous.mkdir()
+    for path in found:
+        os.replace(path, previous / path.name)
 
 
 def write_adapter(folder: Path, model: PeftModel) -> None:

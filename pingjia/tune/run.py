@@ -20,14 +20,13 @@ from pingjia.meter import Meter
 from pingjia.models import base_fingerprint, family_of, load_model, max_model_len, use_packed_attention
 from pingjia.models.device import pick_device
 from pingjia.models.settings import ModelSettings
-from pingjia.tune.checkpoint import checkpoints, run_fingerprint, save_adapter
+from pingjia.tune.checkpoint import ABOUT_FILE, checkpoints, run_fingerprint, save_adapter, set_aside
 from pingjia.tune.loop import Run, StepLog, plan_batches, run_training
 from pingjia.tune.lora import Targets, add_adapter, count_parameters, resolve_targets
 from pingjia.tune.plot import plot_loss
 from pingjia.tune.settings import TuneSettings
 from pingjia.types import Encoded
 
-ABOUT_FILE = "pingjia.json"
 _NOT_WEIGHTS = {"output_dir", "save_steps", "save_total_limit", "resume_from_checkpoint"}
 
 
@@ -140,6 +139,8 @@ def train(
         account = _Account(run, meter, ledger, run_name)
         run.on_saved = account.note
         hooks.on_plan(_plan(run, targets, dropped))
+        if settings.resume_from_checkpoint is False:
+            set_aside(output_dir)
         completed = run_training(run)
         size = 0
         if completed:
