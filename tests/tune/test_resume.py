@@ -339,3 +339,26 @@ def test_a_really_full_disk(tune: Train, whole: TrainResult, small_disk: Path) -
     assert result.finished
     assert result.trained_tokens == whole.trained_tokens
     assert weights(out) == weights(whole.output_dir)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_starting_over_can_be_interrupted_too(tune: Train, tmp_path: Path, step: int) -> None:
+    """What the earlier run left must not be taken for the new one's, nor push the new one's checkpoints out."""
+    tune(output_dir=str(tmp_path / "fresh"), learning_rate=2e-3)
+    tune(save_steps=1)
+    before = weights(tmp_path / "out")
+    tune(learning_rate=2e-3, resume_from_checkpoint=False, hooks=stop_after(step))
+    assert [c.step for c in checkpoints(tmp_path / "out")] == [*range(2, step, 2), step]
+    assert weights(tmp_path / "out" / "previous") == before, "a finished adapter is never thrown away"
+    assert (tmp_path / "out" / "previous" / "pingjia.json").is_file()
+    assert not (tmp_path / "out" / "pingjia.json").exists()
+    assert tune(learning_rate=2e-3).finished
+    assert weights(tmp_path / "out") == weights(tmp_path / "fresh")
+
+
+def test_a_new_run_that_cannot_start_leaves_the_old_one_alone(tune: Train, tmp_path: Path) -> None:
+    tune()
+    with pytest.raises(TrainingError, match="matches no linear"):
+        tune(lora_target="nothing", resume_from_checkpoint=False)
+    assert tune().was_finished
+    assert not (tmp_path / "out" / "previous").exists()
