@@ -59,15 +59,17 @@ def load(directory: Path) -> Tokenizer:
     if not (directory / _V2_FILE).is_file():
         raise ModelError(f"{directory}: no ChatGLM tokenizer here: neither {_V1_FILE} (v1) nor {_V2_FILE} (v2, v3)")
     _refuse_other(directory, _V2_FILE, "ChatGLM2 or 3", config, _V1_KEYS)
-    kind = ChatGLM3Tokenizer if _is_v3(config, tokenizer_config) else ChatGLM2Tokenizer
+    kind = ChatGLM3Tokenizer if _is_v3(directory, config, tokenizer_config) else ChatGLM2Tokenizer
     return kind(Vocabulary.read(directory / _V2_FILE), config)
 
 
-def _is_v3(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> bool:
+def _is_v3(directory: Path, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> bool:
     declared = tokenizer_config.get("chat_format")
     if declared is not None:
         if declared not in ("chatglm2", "chatglm3"):
-            raise ModelError(f"tokenizer_config.json: chat_format {declared!r}; it may be chatglm2 or chatglm3")
+            raise ModelError(
+                f"{directory}: chat_format {declared!r} in tokenizer_config.json; not chatglm2 or chatglm3"
+            )
         return bool(declared == "chatglm3")
     return "<|" in json.dumps(tokenizer_config) or config.get("seq_length") == _V3_SEQ_LENGTH
 

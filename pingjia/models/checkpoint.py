@@ -89,6 +89,8 @@ def read_chatglm_config(directory: Path) -> ChatGLMConfig | ChatGLM2Config:
         raise ModelError(f"{file}: model_type is {model_type!r}, not 'chatglm'")
     try:
         return ChatGLMConfig.from_dict(raw)
+    except ModelError as e:
+        raise ModelError(f"{directory}: {e}") from None
     except (TypeError, ValueError) as e:  # transformers' own checks
         raise ModelError(f"{file}: {_first_line(e)}") from None
 
@@ -130,7 +132,7 @@ def survey(files: Iterable[Path]) -> dict[str, StoredTensor]:
     for file in files:
         for name, tensor in _headers(file):
             if name in found:
-                raise ModelError(f"{name} lies in {found[name].file.name} and again in {file.name}")
+                raise ModelError(f"{file}: {name} lies here and again in {found[name].file.name}")
             found[name] = tensor
     return found
 

@@ -84,6 +84,7 @@ def refused(directory: Path, **options: Any) -> str:
     with pytest.raises(ModelError) as caught:
         load_chatglm(directory, **options)
     assert "\n" not in str(caught.value)
+    assert directory.name in str(caught.value) or "bits=" in str(caught.value)
     return str(caught.value)
 
 
@@ -347,7 +348,7 @@ def test_a_tensor_in_two_shards_is_refused(v1: PreTrainedModel, publish: Callabl
     tensors = load_file(first)
     name = next(iter(tensors))
     save_file(load_file(second) | {name: tensors[name].clone()}, second)
-    assert f"{name} lies in" in refused(directory)
+    assert f"{name} lies here and again in {first.name}" in refused(directory)
 
 
 # ---- which generation
@@ -406,6 +407,11 @@ def test_configs_of_no_generation_or_of_the_other() -> None:
         generation_of({"inner_hidden_size": 8, "vocab_size": 9, "num_layers": 1, "num_attention_heads": 1})
     with pytest.raises(ModelError, match="that of a ChatGLMConfig"):
         ChatGLM2Config.from_dict(ChatGLMConfig().to_diff_dict())
+
+
+def test_a_contradictory_config_names_its_directory(v1: PreTrainedModel, publish: Callable[..., Path]) -> None:
+    assert "mixes ChatGLM-6B" in refused(publish(v1, multi_query_group_num=2))
+    assert "num_layers must be a positive integer" in refused(publish(v1, num_layers=-1))
 
 
 def test_a_config_that_is_none(v1: PreTrainedModel, publish: Callable[..., Path]) -> None:
