@@ -184,9 +184,6 @@ class Worker:
                 return
 
     def _add(self, consumer: Consumer) -> None:
-        if consumer.is_gone:
-            self._forget([consumer])
-            return
         try:
             self.engine.add(consumer.request)
         except Exception as e:

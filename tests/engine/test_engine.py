@@ -258,19 +258,29 @@ def test_generate_raises_at_the_end_when_an_answer_failed(
 
 
 def test_not_a_number_in_one_request_reaches_no_other(tiny_engine: MakeEngine) -> None:
-    """A poisoned embedding: only who uses it fails, and the pages it wrote to are clean for whoever comes next."""
-    engine = tiny_engine(page_size=4, kv_cache_tokens=64, max_num_batched_tokens=8)
+    """A poisoned embedding: only who uses it fails."""
+    engine = tiny_engine(max_num_batched_tokens=8)
     healthy = engine.generate("hello", Sampling(max_tokens=20))[0].token_ids
     with torch.no_grad():
         engine._served.base.model.model.embed_tokens.weight[5] = torch.nan
-    for _ in range(4):
-        engine.add(Request("sick", (1, 65, 66, 5, *range(60, 70)), Sampling(max_tokens=9)))
-        engine.add(Request("well", tuple(engine.tokenizer.render_text("hello")), Sampling(max_tokens=20)))
-        news: list[tuple[str, Chunk]] = []
-        while engine.has_work():
-            news += engine.step()
-        assert [c.finish_reason for i, c in news if i == "sick"] == ["error"]
-        assert tuple(t for i, c in news for t in c.token_ids if i == "well") == healthy
+    engine.add(Request("sick", (1, 65, 66, 5, *range(60, 70)), Sampling(max_tokens=9)))
+    engine.add(Request("well", tuple(engine.tokenizer.render_text("hello")), Sampling(max_tokens=20)))
+    news: list[tuple[str, Chunk]] = []
+    while engine.has_work():
+        news += engine.step()
+    assert [c.finish_reason for i, c in news if i == "sick"] == ["error"]
+    assert tuple(t for i, c in news for t in c.token_ids if i == "well") == healthy
+
+
+def test_pages_that_held_not_a_number_are_clean_for_whoever_comes_next(tiny_engine: MakeEngine) -> None:
+    """Sequences of different lengths decode together, so the unused end of the shorter one's page is read, masked."""
+    engine, prompts = tiny_engine(kv_cache_tokens=64, prefix_caching=False), ["hello", "a longer prompt"]
+    healthy = [a.token_ids for a in engine.generate(prompts, Sampling(max_tokens=9))]
+    with torch.no_grad():
+        engine._served.base.model.model.embed_tokens.weight[5] = torch.nan
+    engine.add(Request("sick", (1, *[5] * 50), Sampling(max_tokens=9)))
+    assert [chunk.finish_reason for _, chunk in engine.step()] == ["error"]
+    assert [a.token_ids for a in engine.generate(prompts, Sampling(max_tokens=9))] == healthy
 
 
 def test_an_answer_that_cannot_be_decoded_ends_alone(tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,9 @@ class House:
         self.ends[name] += 1
 
     def step(self) -> list[Slice]:
+        before = list(self.scheduler.running)
         plan = self.scheduler.plan()
+        self.check_preempted(before)
         self.num_steps += bool(plan)
         self.check_plan(plan)
         done: list[tuple[Slice, int | None]] = []
@@ -150,6 +152,11 @@ class House:
             assert answer == true_answer(prompt, sequence.adapter, max_tokens, self.values_of)
             self.num_cached += sequence.num_cached or 0
             self.end(sequence.id)
+
+    def check_preempted(self, before: list[Sequence]) -> None:
+        stayed = [s.arrival for s in before if s in self.scheduler.running]
+        put_back = [s.arrival for s in before if s not in self.scheduler.running]
+        assert not stayed or not put_back or min(put_back) > max(stayed), "an older one had to make room"
 
     def check_plan(self, plan: list[Slice]) -> None:
         assert bool(plan) == bool(self.live)
@@ -289,6 +296,19 @@ def test_the_last_seat_is_kept_for_the_first_in_the_queue() -> None:
         ids = {piece.sequence.id for piece in house.step()}
         assert short not in ids
     assert second in {s.id for s in house.scheduler.running}
+
+
+def test_pages_that_the_first_in_the_queue_needs_are_not_given_away() -> None:
+    house = House(Seats(8, 32, 4), num_pages=60, rng=random.Random(3))
+    house.admit([house.rng.randrange(1, 23) for _ in range(150)], None, 3)
+    first = house.admit([house.rng.randrange(1, 23) for _ in range(80)], None, 3)
+    house.step()
+    short = house.admit([house.rng.randrange(1, 23) for _ in range(12)], None, 3)
+    assert house.pages.num_free == 22  # enough for either, not for both
+    while house.live[first][0] in house.scheduler.waiting:
+        ids = {piece.sequence.id for piece in house.step()}
+        assert short not in ids or first in ids
+    house.drain()
 
 
 def test_preemption_takes_the_youngest_and_keeps_its_tokens() -> None:

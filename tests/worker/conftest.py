@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pingjia.engine import Engine
+from pingjia.engine import Engine, EngineSettings
 from pingjia.worker import Worker, WorkerSettings
 
 # Test folders are no packages: the tiny network is made where the engine's own tests make it.
@@ -25,8 +25,6 @@ _spec.loader.exec_module(_engine)
 
 
 def make_engine(**settings: Any) -> Engine:
-    from pingjia.engine import EngineSettings
-
     return Engine(_engine.make_tiny_model(), tokenizer=_engine.LetterTokenizer(), settings=EngineSettings(**settings))
 
 
