@@ -114,8 +114,8 @@ class Road:
             )
             return True
         self._start_over_if_stale(inputs)
-        self._stages.finish("train-started", inputs, {})
-        result = train_verb.train_recipe(self._recipe)
+        # Not before: a run killed while it loads has not made room for itself yet, and must start over again.
+        result = train_verb.train_recipe(self._recipe, lambda: self._stages.finish("train-started", inputs, {}))
         if result.finished:
             self._stages.finish("train", inputs, {"last_loss": result.last_loss})
         return result.finished

@@ -29,8 +29,11 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> int:
     return 0 if result.finished else 130
 
 
-def train_recipe(recipe: Recipe) -> TrainResult:
-    """Train with a progress bar; Ctrl-C saves a checkpoint after the running update and stops."""
+def train_recipe(recipe: Recipe, on_start: Callable[[], None] = lambda: None) -> TrainResult:
+    """Train with a progress bar; Ctrl-C saves a checkpoint after the running update and stops.
+
+    `on_start()` is called when everything is loaded and checked and nothing of another run is in the way.
+    """
     from pingjia.ledger import Ledger
     from pingjia.tune import train as train_adapter
 
@@ -41,13 +44,13 @@ def train_recipe(recipe: Recipe) -> TrainResult:
             recipe.tune,
             ledger=Ledger(ledger_path(recipe)),
             run_name=Path(recipe.tune.output_dir).name,
-            hooks=_hooks(progress, should_stop),
+            hooks=_hooks(progress, should_stop, on_start),
         )
     _print_result(result)
     return result
 
 
-def _hooks(progress: Progress, should_stop: Callable[[], bool]) -> Hooks:
+def _hooks(progress: Progress, should_stop: Callable[[], bool], on_start: Callable[[], None]) -> Hooks:
     from pingjia.tune import Hooks
 
     task = progress.add_task("loading", total=None, note="")
@@ -55,6 +58,7 @@ def _hooks(progress: Progress, should_stop: Callable[[], bool]) -> Hooks:
     def on_plan(plan: TrainPlan) -> None:
         _print_plan(plan)
         progress.reset(task, description="training", total=plan.num_steps, note="")
+        on_start()
 
     def on_step(log: StepLog) -> None:
         rate = f"{log.num_tokens / log.seconds:.0f} tok/s, {log.num_learnt / log.seconds:.0f} learnt/s"

@@ -138,9 +138,10 @@ def train(
         )
         account = _Account(run, meter, ledger, run_name)
         run.on_saved = account.note
-        hooks.on_plan(_plan(run, targets, dropped))
+        plan = _plan(run, targets, dropped)
         if settings.resume_from_checkpoint is False:
             set_aside(output_dir)
+        hooks.on_plan(plan)
         completed = run_training(run)
         size = 0
         if completed:
