@@ -98,6 +98,38 @@ def test_a_run_that_was_stopped_goes_on(pingjia: Pingjia, recipe: Recipe, tmp_pa
     assert "3 compare" not in said
 
 
+def test_a_run_on_changed_data_can_be_killed_at_any_time(
+    pingjia: Pingjia, recipe: Recipe, tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    """While it loads, and after its first checkpoint: the same command ends with the weights of a fresh run."""
+    from pingjia.cli import run as verb
+    from pingjia.tune import run as job
+
+    class Killed(BaseException):
+        pass
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        raise Killed
+
+    file = recipe(eval=None)
+    rows = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verb.Road, "_serve_and_ask", lambda self: None)
+        went_well(pingjia("run", file))
+        write_rows([json.loads(rows[0]), {"prompt": "周末上班吗？", "response": "上班。"}, *map(json.loads, rows[2:])])
+        went_well(pingjia("train", file, f"output_dir={tmp_path / 'fresh'}"))
+        # While it loads, and when its first checkpoint is whole and to be billed.
+        for owner, name in ((job, "load_model"), (job._Account, "note")):
+            with pytest.MonkeyPatch.context() as fault:
+                fault.setattr(owner, name, die)
+                with pytest.raises(Killed):
+                    pingjia("run", file)
+        said = went_well(pingjia("run", file))
+    assert "going on from" in said
+    assert "checkpoint-000002" in said
+    assert weights(tmp_path / "out") == weights(tmp_path / "fresh")
+
+
 def test_ctrl_c_saves_and_the_same_command_goes_on(pingjia: Pingjia, recipe: Recipe, tmp_path: Path) -> None:
     import os
     import signal
