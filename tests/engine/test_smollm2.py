@@ -24,7 +24,7 @@ QUESTIONS = (
     "我昨天买的鞋子尺码不对，想换大一号的，请问怎么办？",
 )
 CHATS = [[Message("user", question)] for question in QUESTIONS]
-SAMPLING = Sampling(max_tokens=20)
+SAMPLING = Sampling(max_tokens=16)
 Model = tuple[PreTrainedModel, Tokenizer]
 
 
@@ -53,7 +53,7 @@ def test_a_mixed_batch_equals_generate_with_and_without_reused_prefixes(
 
 def test_answers_that_are_preempted_and_cut_in_pieces_equal_generate(smollm2: Model, expected: list[list[int]]) -> None:
     engine = engine_on(smollm2, page_size=4, kv_cache_tokens=124, max_num_batched_tokens=7, prefix_caching=False)
-    assert [list(a.token_ids) for a in engine.generate(CHATS, SAMPLING)] == expected
+    assert [list(a.token_ids) for a in engine.generate(CHATS[3:], SAMPLING)] == expected[3:]
     assert engine._scheduler.num_preemptions > 0
     assert engine.stats().cached_tokens_total == 0
 
