@@ -105,7 +105,7 @@ class Engine:
         self._boxes: dict[str, deque[tuple[str, Chunk]]] = {}
         self._outbox: list[tuple[str, Chunk]] = []
         self._arrivals = itertools.count()
-        self._own_ids = (f"embedded-{n}" for n in itertools.count())
+        self._own_ids = map("embedded-{}".format, itertools.count())  # unlike a generator, safe between threads
         self._lock = threading.RLock()
         self._stats = EngineStats(kv_tokens_total=self.limits.kv_cache_tokens)
         self._last_step_at = time.monotonic()
