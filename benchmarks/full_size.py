@@ -17,6 +17,7 @@ import argparse
 import datetime
 import gc
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -224,6 +225,9 @@ def where() -> dict[str, Any]:
     return {
         "cpu": models[0] if models else platform.processor(),
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[
+            1
+        ],  # above the number of cores: others compute too, and times are not to be trusted
         "torch": torch.__version__,
         "commit": commit.stdout.strip(),
         "date": datetime.date.today().isoformat(),
