@@ -1,4 +1,4 @@
-"""Predicted GPU memory of tuning ChatGLM-6B, per setting: exact for weights, adapter and optimizer; estimated for the rest.
+"""Predicted GPU memory of tuning ChatGLM-6B: exact for weights, adapter and optimizer, estimated for the rest.
 
 Nothing is run: the network is built without storage and counted. What is estimated, and how:
 - activations kept per layer and token without checkpointing, in elements (h hidden, i inner, H heads, T row length):
@@ -48,14 +48,13 @@ def main() -> None:
         for bits in (16, 8, 4)
         for checkpointing in (False, True)
     ]
-    print(
-        f"ChatGLM-6B, LoRA r=16 on query_key_value ({trainable:,} trainable of {total:,}), {options.rows} x {options.length} tokens, GB:"
-    )
-    print("base   checkpointing  weights  adapter+optimizer  activations  logits  sum")
-    for r in rows:
-        print(
-            f"{r['base']:<6} {r['checkpointing']!s:<14} {r['weights']:>7.2f} {r['adapter']:>18.2f} {r['activations']:>12.2f} {r['logits']:>7.2f} {r['sum']:>5.1f}"
-        )
+    print(f"ChatGLM-6B, LoRA r=16 on query_key_value: {trainable:,} trainable of {total:,} parameters")
+    print(f"{options.rows} x {options.length} tokens, GB:")
+    print("base   checkpointing  weights  adapter+optimizer  activations  logits    sum")
+    for row in rows:
+        sizes = (row["weights"], row["adapter"], row["activations"], row["logits"], row["sum"])
+        cells = [f"{size:{width}.2f}" for size, width in zip(sizes, (7, 18, 12, 7, 6), strict=True)]
+        print(f"{row['base']:<6} {row['checkpointing']!s:<13}", *cells)
     print(json.dumps({"trainable": trainable, "parameters": total, "settings": rows}))
 
 

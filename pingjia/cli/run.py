@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +32,7 @@ TRAIN_ROOMS = ("chat", "data", "models", "tune")
 EVAL_ROOMS = ("chat", "models", "engine", "evaluate")
 START_TIMEOUT_S = 300.0
 ADAPTER_NAME = "tuned"
+OWN_DATA = ("dataset", "eval_dataset", "eval.questions", "output_dir", "max_steps")
 
 
 def run(recipe: RecipePath, overrides: Overrides = None) -> int:
@@ -40,14 +41,15 @@ def run(recipe: RecipePath, overrides: Overrides = None) -> int:
 
     loaded = load_recipe(recipe, overrides or [])
     gateway.preflight(loaded.serve)  # a port in use is better known now than after the training
-    return Road(recipe, loaded).walk()
+    return Road(recipe, loaded, overrides or []).walk()
 
 
 class Road:
     """One walk along a recipe."""
 
-    def __init__(self, file: Path, recipe: Recipe) -> None:
+    def __init__(self, file: Path, recipe: Recipe, overrides: Sequence[str] = ()) -> None:
         self._file, self._recipe = file, recipe
+        self._kept = [o for o in overrides if o.partition("=")[0] not in OWN_DATA]
         self._output_dir = Path(recipe.tune.output_dir)
         self._stages = Stages(self._output_dir)
 
@@ -191,14 +193,15 @@ class Road:
 
     def _print_next(self, seconds: float) -> None:
         base, out = self._recipe.model.model_name_or_path, self._output_dir
+        mine = "dataset=MINE.jsonl eval_dataset=HELDOUT.jsonl eval.questions=HELDOUT.jsonl output_dir=runs/mine"
+        again = shlex.join(["pingjia", "run", str(self._file), *self._kept])
         console.rule(f"done in {duration(seconds)}")
         console.print("next:")
         for command, why in (
             (f"pingjia chat {base} --adapter {out}", "talk to it"),
             (f"pingjia serve {base} --adapter {ADAPTER_NAME}={out} --port 8000", "serve it to your programs"),
-            (f"pingjia run {self._file} dataset=MINE.jsonl eval_dataset=HELDOUT.jsonl eval.questions=HELDOUT.jsonl "
-             "output_dir=runs/mine", "tune it on your own data"),
-        ):  # fmt: skip
+            (f"{again} {mine}", "tune it on your own data"),
+        ):
             console.print(f"  {command:<60}  # {why}", markup=False)
 
 

@@ -86,8 +86,11 @@ class Answer:
         return Chunk(text=rest, finish_reason=reason, usage=self._usage(num_cached), error=error)
 
     def _rest(self, reason: FinishReason) -> tuple[str, FinishReason]:
-        """Everything held back. A stop string that only this completes still counts."""
-        text, stopped = self._stops.push(self._decoder.flush())
+        """Everything held back. A stop string that only this completes still counts.
+
+        Bytes of a character that a cut left unfinished are dropped: a reader is never shown half of one.
+        """
+        text, stopped = self._stops.push(self._decoder.flush().rstrip("\ufffd"))
         return (text, "stop") if stopped else (text + self._stops.flush(), reason)
 
     def _chunk(self, text: str, pick: Pick, reason: FinishReason | None, num_cached: int) -> Chunk:

@@ -121,6 +121,16 @@ def test_pieces_of_real_text_join_to_the_whole_and_never_break_a_character(seed:
     assert not any("\ufffd" in c.text for c in chunks)
 
 
+@pytest.mark.parametrize("size", range(1, 7))
+def test_an_answer_that_is_cut_never_shows_half_a_character(size: int) -> None:
+    tokenizer = load_tokenizer("smollm2")
+    ids = tokenizer.encode("🌟你禾🌟")
+    answer = Answer(Sampling(max_tokens=size), tokenizer.stop_ids, tokenizer.stream(), num_prompt=1)
+    chunks = [answer.push(Pick(i), 0) for i in ids[:size]]
+    assert chunks[-1].finish_reason == "length"
+    assert "🌟你禾🌟".startswith(text_of(chunks))
+
+
 # ---- the whole engine
 
 

@@ -48,7 +48,7 @@ def test_a_mixed_batch_equals_generate_with_and_without_reused_prefixes(
     assert [list(a.token_ids) for a in fresh] == expected
     assert [list(a.token_ids) for a in again] == expected
     assert all(a.usage.cached_tokens >= 32 for a in again)
-    assert [a.text for a in fresh] == [smollm2[1].decode(ids) for ids in expected]
+    assert [a.text for a in fresh] == [smollm2[1].decode(ids).rstrip("\ufffd") for ids in expected]
 
 
 def test_answers_that_are_preempted_and_cut_in_pieces_equal_generate(smollm2: Model, expected: list[list[int]]) -> None:
@@ -82,4 +82,4 @@ def test_the_packaged_name_is_enough(
     monkeypatch.setattr("pingjia.engine.engine.load_model", lambda path, **_: smollm2[0])
     engine = Engine("smollm2")
     assert [card.id for card in engine.models()] == ["smollm2"]
-    assert "".join(c.text for c in engine.stream(CHATS[0], SAMPLING)) == smollm2[1].decode(expected[0])
+    assert "".join(c.text for c in engine.stream(CHATS[0], SAMPLING)) == smollm2[1].decode(expected[0]).rstrip("\ufffd")

@@ -96,6 +96,40 @@ def test_reusing_a_beginning_as_a_causal_family_may_is_caught(
     assert engine.stats().cached_tokens_total > 0
 
 
+def conversations(count: int) -> list[str]:
+    """Multi-turn prompts: each goes on with an earlier one, starts anew, or asks an earlier one again."""
+    rng = random.Random(7)
+    asked: list[str] = []
+    for _ in range(count):
+        turn = "".join(chr(rng.randrange(32, 120)) for _ in range(rng.randrange(3, 12))) + "|"
+        kind = rng.random() if asked else 1.0
+        earlier = rng.choice(asked) if asked else ""
+        asked.append(earlier if kind < 0.2 else turn if kind > 0.9 or len(earlier) > 60 else earlier + turn)
+    return asked
+
+
+@pytest.mark.parametrize("kind", ["two-way", "causal"])
+def test_a_thousand_conversations_are_answered_alike_with_and_without_reuse(
+    kind: str, glm_tokenizer: Tokenizer, letters: Tokenizer, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted at the end: pages found by the tokens before them alone, which only causal families survive."""
+    model, tokenizer = (make_glm(), glm_tokenizer) if kind == "two-way" else (tiny_model, letters)
+    prompts, sampling = conversations(1000), Sampling(max_tokens=6)
+
+    def answers(*, reuse: bool) -> list[list[int]]:
+        settings = EngineSettings(page_size=4, prefix_caching=reuse, kv_cache_tokens=8192)
+        engine = Engine(model, tokenizer=tokenizer, settings=settings)
+        found = ids_of(engine.generate(prompts, sampling))
+        assert (engine.stats().cached_tokens_total > 1000) == reuse
+        return found
+
+    plain = answers(reuse=False)
+    assert len({tuple(ids) for ids in plain}) > 100
+    assert answers(reuse=True) == plain
+    monkeypatch.setattr(Engine, "_root", lambda self, digest, prompt_ids: b"naive")
+    assert (answers(reuse=True) == plain) == (kind == "causal")
+
+
 def test_a_prompt_without_the_marks_of_its_family_is_the_requests_fault(glm_tokenizer: Tokenizer) -> None:
     engine = Engine(make_glm(), tokenizer=glm_tokenizer)
     with pytest.raises(RequestError, match="must hold"):
