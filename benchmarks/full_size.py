@@ -52,11 +52,12 @@ def forget_peak() -> None:
 # ---- the three steps
 
 
-def build(directory: Path, bits: int, tiny: bool) -> dict[str, Any]:
+def build(directory: Path, bits: int, tiny: bool, float_tables: bool) -> dict[str, Any]:
     import torch
 
     from pingjia.models.chatglm import ChatGLMForCausalLM
     from pingjia.models.chatglm_config import ChatGLMConfig
+    from pingjia.quant.convert import pack_tables
     from pingjia.quant.formats import PackedLinear
 
     torch.manual_seed(0)
@@ -69,9 +70,12 @@ def build(directory: Path, bits: int, tiny: bool) -> dict[str, Any]:
         elif isinstance(module, torch.nn.LayerNorm):
             module.weight = torch.nn.Parameter(torch.ones(module.normalized_shape, dtype=torch.float16))
             module.bias = torch.nn.Parameter(torch.zeros(module.normalized_shape, dtype=torch.float16))
-        elif name == "transformer.word_embeddings":
+        elif name == "transformer.word_embeddings" and float_tables:
             module.weight = torch.nn.Parameter(random_table(*module.weight.shape))
-    model.lm_head.weight = model.transformer.word_embeddings.weight
+    if float_tables:
+        model.lm_head.weight = model.transformer.word_embeddings.weight
+    else:
+        pack_tables(model, *random_packed(model.config.vocab_size, model.config.hidden_size, bits, 0.02), bits)
     built_s = time.perf_counter() - started
     model.save_pretrained(directory, max_shard_size="512MB")
     files = sorted(directory.glob("*.safetensors"))
@@ -85,19 +89,26 @@ def build(directory: Path, bits: int, tiny: bool) -> dict[str, Any]:
 
 
 def fill_packed(linear: Any) -> None:
+    import torch
+
+    columns = linear.in_features
+    weight, linear.weight_scale = random_packed(linear.out_features, columns, linear.bits, columns**-0.5)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    linear.bias = torch.nn.Parameter(torch.zeros(linear.out_features, dtype=torch.float16), requires_grad=False)
+
+
+def random_packed(num_rows: int, num_columns: int, bits: int, spread: float) -> tuple[Any, Any]:
     """Random weights, rounded row by row; never the whole matrix in floats."""
     import torch
 
-    from pingjia.quant.rows import quantize_rows, row_blocks
+    from pingjia.quant.rows import quantize_rows, row_blocks, stored_columns
 
-    weight = torch.empty(linear.weight.shape, dtype=torch.int8)
-    scale = torch.empty(linear.out_features)
-    for rows in row_blocks(linear.out_features, linear.in_features):
-        block = torch.randn(rows.stop - rows.start, linear.in_features) * linear.in_features**-0.5
-        weight[rows], scale[rows] = quantize_rows(block, linear.bits)
-    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    linear.weight_scale = scale.half()
-    linear.bias = torch.nn.Parameter(torch.zeros(linear.out_features, dtype=torch.float16), requires_grad=False)
+    weight = torch.empty(num_rows, stored_columns(num_columns, bits), dtype=torch.int8)
+    scale = torch.empty(num_rows)
+    for rows in row_blocks(num_rows, num_columns):
+        block = torch.randn(rows.stop - rows.start, num_columns) * spread
+        weight[rows], scale[rows] = quantize_rows(block, bits)
+    return weight, scale.half()
 
 
 def random_table(rows: int, columns: int) -> Any:
@@ -200,7 +211,12 @@ def train(directory: Path) -> dict[str, Any]:
 def run_step(step: str, directory: Path, args: argparse.Namespace) -> dict[str, Any]:
     """One step in a process of its own."""
     command = [sys.executable, __file__, "--step", step, "--directory", str(directory), "--bits", str(args.bits)]
-    done = subprocess.run([*command, *(["--tiny"] if args.tiny else [])], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [*command, *(["--tiny"] if args.tiny else []), *(["--float-tables"] if args.float_tables else [])],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     for name, value in facts.items():
         print(f"  {name:22} {shown(name, value)}", flush=True)
@@ -225,9 +241,8 @@ def where() -> dict[str, Any]:
     return {
         "cpu": models[0] if models else platform.processor(),
         "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[
-            1
-        ],  # above the number of cores: others compute too, and times are not to be trusted
+        # Above the number of cores: others compute too, and times are not to be trusted.
+        "load_average": os.getloadavg()[1],
         "torch": torch.__version__,
         "commit": commit.stdout.strip(),
         "date": datetime.date.today().isoformat(),
@@ -236,7 +251,13 @@ def where() -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     directory = Path(args.directory or tempfile.mkdtemp(prefix="full-size-"))
-    facts: dict[str, Any] = {"benchmark": "full_size", "bits": args.bits, "tiny": args.tiny, **where()}
+    facts: dict[str, Any] = {
+        "benchmark": "full_size",
+        "bits": args.bits,
+        "tiny": args.tiny,
+        "float_tables": args.float_tables,
+        **where(),
+    }
     try:
         for step in STEPS:
             print(step, flush=True)
@@ -254,10 +275,11 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="do not remove that folder afterwards")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     parser.add_argument("--tiny", action="store_true", help="a miniature, to check the script itself")
+    parser.add_argument("--float-tables", action="store_true", help="embeddings and head in fp16, not packed (-qe)")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step == "build":
-        facts = build(Path(args.directory), args.bits, args.tiny)
+        facts = build(Path(args.directory), args.bits, args.tiny, args.float_tables)
     elif args.step:
         facts = {"generate": generate, "train": train}[args.step](Path(args.directory))
     else:

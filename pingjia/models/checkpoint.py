@@ -27,6 +27,7 @@ from pingjia.models.chatglm import ChatGLMForCausalLM
 from pingjia.models.chatglm2 import ChatGLM2ForCausalLM
 from pingjia.models.chatglm_config import ChatGLM2Config, ChatGLMConfig
 from pingjia.models.device import pick_dtype
+from pingjia.quant.convert import pack_tables
 from pingjia.quant.formats import PackedLinear
 from pingjia.quant.rows import dequantize_rows, quantize_rows, row_blocks, stored_columns
 
@@ -313,13 +314,28 @@ class _Filler:
     def fill(self, directory: Path, stored: dict[str, StoredTensor]) -> None:
         """Tables first: copying one is the moment that needs most memory beside the network itself."""
         tables = {n: t for n, t in stored.items() if n.removesuffix("_scale") in (self.embedding, self.head)}
+        if self.config.quantization_embeddings and self.model.config.tie_word_embeddings:
+            self._pack_tables(directory, tables)
+        else:
+            self._put_tables(directory, tables)
+        for name, tensor in read_tensors({n: t for n, t in stored.items() if n not in tables}):
+            self._put(name, tensor)
+
+    def _pack_tables(self, directory: Path, tables: Mapping[str, StoredTensor]) -> None:
+        """Tables of a "-qe" checkpoint stay as they are stored."""
+        parts = {n: t.to(self.device, copy=True) for n, t in read_tensors(tables)}
+        weight, scale = parts[self.embedding], parts[f"{self.embedding}_scale"]
+        head = {self.head: weight, f"{self.head}_scale": scale}
+        if any(n in parts and not torch.equal(parts[n], tensor) for n, tensor in head.items()):
+            raise self._untied(directory)
+        pack_tables(self.model, weight, scale.float(), self.config.quantization_bit or 8)
+
+    def _put_tables(self, directory: Path, tables: Mapping[str, StoredTensor]) -> None:
         self._put_table(self.embedding, self._table(self.embedding, tables))
         if not self.model.config.tie_word_embeddings:
             self._put_table(self.head, self._table(self.head, tables))
         else:
             self._tie(directory, tables)
-        for name, tensor in read_tensors({n: t for n, t in stored.items() if n not in tables}):
-            self._put(name, tensor)
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         path, _, kind = name.rpartition(".")
@@ -369,10 +385,13 @@ class _Filler:
             else all(self._equals_embedding(view) for _, view in read_tensors(own))
         )
         if not same:
-            raise ModelError(
-                f"{directory}: {self.head} differs from {self.embedding}, yet config.json ties them and the published "
-                "code would drop it; say tie_word_embeddings: false to use the stored head"
-            )
+            raise self._untied(directory)
+
+    def _untied(self, directory: Path) -> ModelError:
+        return ModelError(
+            f"{directory}: {self.head} differs from {self.embedding}, yet config.json ties them and the published "
+            "code would drop it; say tie_word_embeddings: false to use the stored head"
+        )
 
     def _equals_embedding(self, head: torch.Tensor) -> bool:
         table = self.model.get_input_embeddings().weight

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from pingjia.errors import ModelError
-from pingjia.quant.formats import FORMATS, PackedLinear
+from pingjia.quant.formats import FORMATS, PackedEmbedding, PackedLinear
 from pingjia.quant.rows import BITS
 
 
@@ -51,7 +52,23 @@ def _replace(model: nn.Module, name: str, bits: int) -> None:
     setattr(model.get_submodule(parent), child, FORMATS[f"int{bits}"].of(linear))
 
 
+def pack_tables(model: PreTrainedModel, weight_NP: torch.Tensor, scale_N: torch.Tensor, bits: int) -> None:
+    """Give a network whose head is its embedding table one packed table for both, as "-qe" checkpoints store it.
+
+    weight_NP int8 [vocabulary, stored columns], scale_N float [vocabulary].
+    """
+    embedding = PackedEmbedding(weight_NP, scale_N, bits)
+    head = FORMATS[f"int{bits}"](embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
+    head.weight = embedding.weight
+    # The scales are the table's: stored once, under its name.
+    head.register_buffer("weight_scale", embedding.weight_scale, persistent=False)
+    model.set_input_embeddings(embedding)
+    model.set_output_embeddings(head)
+    model.config.quantization_embeddings = True
+
+
 def count_weights(model: nn.Module) -> int:
     """Parameters of a network, a packed matrix counted by the weights it stands for; tied tensors once."""
-    packed = {id(m.weight): m.num_weights for m in model.modules() if isinstance(m, PackedLinear)}
+    kinds = (PackedLinear, PackedEmbedding)
+    packed = {id(m.weight): m.num_weights for m in model.modules() if isinstance(m, kinds)}
     return sum(packed.get(id(p), p.numel()) for p in model.parameters())

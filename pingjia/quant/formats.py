@@ -86,6 +86,34 @@ class Int4Linear(PackedLinear):
         return self._with_bias(int4_product(x, self.weight, self.weight_scale))
 
 
+class PackedEmbedding(nn.Embedding):
+    """An embedding table that stays packed; only the rows that are looked up become floats (float32). Frozen.
+
+    `weight` int8 [rows, stored columns] and `weight_scale` float [rows], as the published "-qe" checkpoints store them.
+    """
+
+    weight_scale: torch.Tensor
+
+    def __init__(self, weight_NP: torch.Tensor, scale_N: torch.Tensor, bits: int) -> None:
+        nn.Module.__init__(self)  # not nn.Embedding's: it would allocate a float table
+        self.bits = bits
+        self.num_embeddings, self.embedding_dim = weight_NP.shape[0], weight_NP.shape[1] * 8 // bits
+        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
+        self.scale_grad_by_freq = self.sparse = False
+        self.weight = nn.Parameter(weight_NP, requires_grad=False)
+        self.register_buffer("weight_scale", scale_N)
+
+    @property
+    def num_weights(self) -> int:
+        """Weights the table stands for, not the bytes it takes."""
+        return self.num_embeddings * self.embedding_dim
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = ids.reshape(-1)
+        table = dequantize_rows(self.weight[rows], self.weight_scale[rows], self.bits)
+        return table.view(*ids.shape, self.embedding_dim)
+
+
 FORMATS: dict[str, type[PackedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 

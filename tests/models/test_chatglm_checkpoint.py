@@ -20,6 +20,7 @@ from pingjia.models.chatglm2 import ChatGLM2ForCausalLM
 from pingjia.models.chatglm_config import ChatGLM2Config, ChatGLMConfig, generation_of
 from pingjia.models.checkpoint import load_chatglm
 from pingjia.quant import Int4Linear, Int8Linear, quantize_model
+from pingjia.quant.convert import count_weights
 from pingjia.quant.rows import quantize_rows
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "fixtures" / "chatglm"
@@ -207,12 +208,42 @@ def test_quantised_embeddings_are_read(v1: PreTrainedModel, publish: Callable[..
         tensors[f"{name}_scale"] = scale.half()
     directory = publish(v1, tensors, quantization_bit=bits, quantization_embeddings=True)
     model = load_chatglm(directory)
-    assert model.get_input_embeddings().weight.dtype == torch.float16
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert table.weight.dtype == torch.int8
+    assert table.weight is head.weight
+    assert table.weight_scale is head.weight_scale
     step = float(v1.get_input_embeddings().weight.detach().abs().max()) / (2 ** (bits - 1) - 1)
-    difference = model.get_input_embeddings().weight.float() - v1.get_input_embeddings().weight
-    assert difference.abs().max() <= 0.51 * step
+    everything = torch.arange(v1.config.vocab_size)
+    assert (table(everything) - v1.get_input_embeddings()(everything)).abs().max() <= 0.55 * step  # scales are fp16
+    v1.get_input_embeddings().weight.data = table(everything)
+    assert torch.allclose(logits(model), logits(v1), atol=5e-3)
     with pytest.raises(ModelError, match="load_model"):
         AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_packed_tables_are_saved_and_loaded_again(
+    v1: PreTrainedModel, publish: Callable[..., Path], tmp_path: Path
+) -> None:
+    quantize_model(v1, 4)
+    tensors = tensors_of(v1, torch.float16)
+    name = "transformer.word_embeddings.weight"
+    tensors[name], scale = quantize_rows(tensors[name], 4)
+    tensors[f"{name}_scale"] = scale
+    del tensors["lm_head.weight"]
+    model = load_chatglm(publish(v1, tensors, quantization_bit=4, quantization_embeddings=True))
+    model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    again = load_chatglm(tmp_path / "again")
+    assert torch.equal(logits(again), logits(model))
+    assert count_weights(again) == count_weights(v1)
+
+
+def test_a_packed_head_that_is_not_the_table_is_refused(v1: PreTrainedModel, publish: Callable[..., Path]) -> None:
+    quantize_model(v1, 8)
+    tensors = tensors_of(v1, torch.float16)
+    for name in ("transformer.word_embeddings.weight", "lm_head.weight"):
+        tensors[name], tensors[f"{name}_scale"] = quantize_rows(tensors[name], 8)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].neg()
+    assert "differs from" in refused(publish(v1, tensors, quantization_bit=8, quantization_embeddings=True))
 
 
 @pytest.mark.parametrize("bits", [3, 16])
