@@ -33,7 +33,9 @@ class Example:
     """One row of user data: a conversation whose last message is the answer to learn.
 
     `where` is "file:line" of the row, so that every later complaint can name it.
-    `facts` are strings a right answer must contain; `topic` links rows about the same thing.
+    `facts` are strings a right answer must contain; `topic` links rows about the same thing. `tools`: JSON text of
+    each tool the assistant may call. `weight` multiplies the loss of the row. `augmented_from`: `where` of the row
+    that this one was made from.
     """
 
     messages: tuple[Message, ...]
@@ -45,6 +47,9 @@ class Example:
     reference: str | None = None
     facts: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
+    tools: tuple[str, ...] = ()
+    weight: float = 1.0
+    augmented_from: str | None = None
 
     @property
     def prompt(self) -> tuple[Message, ...]:

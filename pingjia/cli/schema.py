@@ -9,7 +9,7 @@ from pydantic import Field
 
 from pingjia import recipe
 from pingjia.cost.settings import CostSettings
-from pingjia.data.settings import DataSettings
+from pingjia.data.settings import DataSettings, PrepareSettings
 from pingjia.engine.settings import EngineSettings
 from pingjia.evaluate.settings import EvalSettings
 from pingjia.gateway.settings import GatewaySettings
@@ -33,6 +33,7 @@ class Recipe(Section):
     model: ModelSettings
     data: DataSettings
     tune: TuneSettings
+    prepare: PrepareSettings | None = None
     eval: EvalSettings | None = None
     serve: GatewaySettings = Field(default_factory=GatewaySettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
