@@ -62,11 +62,15 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example as token ids. `learn[i]` says whether token i is a target of the loss (the answer and its end)."""
+    """One example as token ids. `learn[i]` says whether token i is a target of the loss (the answer and its end).
+
+    `weight` multiplies the loss of its tokens.
+    """
 
     ids: tuple[int, ...]
     learn: tuple[bool, ...]
     where: str = ""
+    weight: float = 1.0
 
     @property
     def num_learnt(self) -> int:

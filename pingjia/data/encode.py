@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from pingjia.chat.tokenizer import Tokenizer
 from pingjia.data.problems import Problem
@@ -40,7 +41,7 @@ def encode_example(example: Example, tokenizer: Tokenizer, cutoff_len: int | Non
     if cutoff_len is not None and size > cutoff_len:
         reason = f"{size} tokens, over cutoff_len {cutoff_len}; cut, it would lose its end, so the row is left out"
         return _problem(example, "length", reason)
-    return encoded
+    return encoded if example.weight == 1 else replace(encoded, weight=example.weight)
 
 
 def _problem(example: Example, field: str, reason: str) -> Problem:

@@ -1,4 +1,4 @@
-"""The recipe keys of the data room: which rows (flat, at the top level of a recipe) and what is done to them (`prepare:`)."""
+"""The recipe keys of the data room: which rows (flat, at the top level), and what is done to them (`prepare:`)."""
 
 from __future__ import annotations
 

@@ -21,13 +21,17 @@ from pingjia.types import Encoded
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows laid end to end. `keep_K` are the positions whose next token is learnt, `target_K` those tokens."""
+    """Rows laid end to end. `keep_K` are the positions whose next token is learnt, `target_K` those tokens.
+
+    `weight_K`: the weights of their rows; None when all are 1.
+    """
 
     input_ids_1T: torch.Tensor
     position_ids: torch.Tensor  # [1, T], or [1, 2, T] for two-dimensional positions
     packed: PackedSequences
     keep_K: torch.Tensor
     target_K: torch.Tensor
+    weight_K: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -52,6 +56,7 @@ def build_batch(rows: Sequence[Encoded], family: Family, config: object, device:
     ids: list[int] = []
     keep: list[int] = []
     target: list[int] = []
+    weight: list[float] = []
     positions, prefix_lens = [], []
     for row in rows:
         start = len(ids)
@@ -60,6 +65,7 @@ def build_batch(rows: Sequence[Encoded], family: Family, config: object, device:
         learnt = [i for i in range(1, len(row.ids)) if row.learn[i]]
         keep.extend(start + i - 1 for i in learnt)
         target.extend(row.ids[i] for i in learnt)
+        weight.extend([row.weight] * len(learnt))
         ids.extend(row.ids)
     return MicroBatch(
         input_ids_1T=torch.tensor([ids], device=device),
@@ -67,11 +73,15 @@ def build_batch(rows: Sequence[Encoded], family: Family, config: object, device:
         packed=PackedSequences.of([len(row.ids) for row in rows], prefix_lens),
         keep_K=torch.tensor(keep, device=device),
         target_K=torch.tensor(target, device=device),
+        weight_K=None if all(w == 1 for w in weight) else torch.tensor(weight, device=device),
     )
 
 
-def summed_loss(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Sum of the cross-entropy (nats) over the learnt tokens; logits exist only where something is learnt."""
+def summed_loss(model: torch.nn.Module, batch: MicroBatch, *, weighted: bool = True) -> torch.Tensor:
+    """Sum of the cross-entropy (nats) over the learnt tokens; logits exist only where something is learnt.
+
+    With `weighted`, a token counts as much as the weight of its row says.
+    """
     logits_1KV = model(
         input_ids=batch.input_ids_1T,
         position_ids=batch.position_ids,
@@ -79,7 +89,9 @@ def summed_loss(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
         logits_to_keep=batch.keep_K,
         use_cache=False,
     ).logits
-    return F.cross_entropy(logits_1KV[0].float(), batch.target_K, reduction="sum")
+    if batch.weight_K is None or not weighted:
+        return F.cross_entropy(logits_1KV[0].float(), batch.target_K, reduction="sum")
+    return F.cross_entropy(logits_1KV[0].float(), batch.target_K, reduction="none") @ batch.weight_K
 
 
 def update(
@@ -93,7 +105,8 @@ def update(
 ) -> StepResult:
     """One optimizer update over the micro-batches; the loss is the mean over ALL their learnt tokens.
 
-    (Averaging per-micro-batch means instead would weigh a short answer's tokens more than a long one's.)
+    (Averaging per-micro-batch means instead would weigh a short answer's tokens more than a long one's.) Row weights
+    multiply the loss but not the number of tokens it is divided by: a row of weight 2 pulls twice as hard, also alone.
     Raises TrainingError when loss or gradient is not a finite number; the weights are then untouched.
     """
     started = time.perf_counter()
@@ -125,11 +138,11 @@ def _require_finite(loss: float, grad_norm: float) -> None:
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, batches: Sequence[MicroBatch]) -> float:
-    """Mean cross-entropy (nats per learnt token) without dropout; the training mode is put back."""
+    """Mean cross-entropy (nats per learnt token) without dropout and row weights; the training mode is put back."""
     was_training = model.training
     model.eval()
     try:
-        total = sum(summed_loss(model, batch).item() for batch in batches)
+        total = sum(summed_loss(model, batch, weighted=False).item() for batch in batches)
     finally:
         model.train(was_training)
     return total / sum(batch.num_learnt for batch in batches)

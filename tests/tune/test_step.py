@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -138,6 +139,18 @@ def test_a_mean_of_means_would_have_been_noticed(adapted: Adapted) -> None:
         (summed_loss(wrong, batch) / batch.num_learnt / 3).backward()
     left, other = gradients(right), gradients(wrong)
     assert max(float((left[n] - other[n]).abs().max() / left[n].abs().max()) for n in left) > 0.05
+
+
+def test_a_weight_multiplies_the_loss_of_its_row(adapted: Adapted) -> None:
+    """Weight 2 pulls as the row twice; weight 0 not at all; held-out loss does not know weights."""
+    first, second = some_rows(2, seed=9)
+    weighted, repeated = adapted(), adapted()
+    rows = [dataclasses.replace(first, weight=2.0), dataclasses.replace(second, weight=0.0)]
+    loss = summed_loss(weighted, batch_of(weighted, rows))
+    loss.backward()
+    summed_loss(repeated, batch_of(repeated, [first, first])).backward()
+    assert_close(gradients(weighted), gradients(repeated))
+    assert mean_loss(weighted, [batch_of(weighted, rows)]) == mean_loss(weighted, [batch_of(weighted, [first, second])])
 
 
 def test_gradient_checkpointing_changes_nothing(adapted: Adapted) -> None:
