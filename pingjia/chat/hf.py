@@ -76,6 +76,15 @@ class HFTokenizer:
         twin._template = self._template and self._template.at(clock)
         return twin
 
+    @property
+    def vocabulary(self) -> tokenizers.Tokenizer:
+        """The `tokenizers` object. Whoever changes it makes a copy first."""
+        return self._vocabulary
+
+    def with_vocabulary(self, vocabulary: tokenizers.Tokenizer) -> HFTokenizer:
+        """The same template, named tokens and stop tokens over another vocabulary that holds them at the same ids."""
+        return HFTokenizer(Parts(vocabulary, self._template, self._tokens, self.stop_ids, self.pad_id))
+
     @cached_property
     def template_digest(self) -> str:
         source = self._template.source if self._template else ""

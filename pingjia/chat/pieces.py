@@ -23,16 +23,23 @@ _KNOWN_STEPS = {"Replace", "ByteFallback", "Fuse", "Strip"}
 
 def stream_factory(tokenizer: tokenizers.Tokenizer, skip: frozenset[int]) -> Callable[[], StreamDecoder]:
     """What makes a fresh StreamDecoder for this vocabulary; ids in `skip` and unknown ids give no text."""
+    to_bytes = token_bytes(tokenizer)
+    if to_bytes is None:
+        return lambda: WindowStream(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), skip)
+    piece = _cached(tokenizer, skip, to_bytes)
+    strip = any(step["type"] == "Strip" for step in _steps(tokenizer))
+    return lambda: ByteStream(piece, strip_space=strip)
+
+
+def token_bytes(tokenizer: tokenizers.Tokenizer) -> Callable[[str], bytes] | None:
+    """What turns a token, as the vocabulary writes it, into its bytes; None where a token alone has no fixed bytes."""
     steps = _steps(tokenizer)
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
-        piece = _cached(tokenizer, skip, _byte_level())
-        return lambda: ByteStream(piece)
+        return _byte_level()
     if "ByteFallback" in kinds and set(kinds) <= _KNOWN_STEPS and all(map(_is_plain, steps)):
-        piece = _cached(tokenizer, skip, _byte_fallback(steps))
-        strip = "Strip" in kinds
-        return lambda: ByteStream(piece, strip_space=strip)
-    return lambda: WindowStream(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), skip)
+        return _byte_fallback(steps)
+    return None
 
 
 def _steps(tokenizer: tokenizers.Tokenizer) -> list[dict[str, Any]]:
