@@ -21,6 +21,7 @@ class BatchPlan:
     micros_per_update: int
     num_steps: int
     seed: int
+    phase: int = 0
 
     @classmethod
     def of(
@@ -32,10 +33,11 @@ class BatchPlan:
         num_epochs: float,
         max_steps: int | None,
         seed: int,
+        phase: int = 0,
     ) -> BatchPlan:
         per_epoch = math.ceil(num_rows / (rows_per_micro * micros_per_update))
         num_steps = max_steps or max(1, math.ceil(per_epoch * num_epochs))
-        return cls(num_rows, rows_per_micro, micros_per_update, num_steps, seed)
+        return cls(num_rows, rows_per_micro, micros_per_update, num_steps, seed, phase)
 
     @property
     def rows_per_update(self) -> int:
@@ -47,7 +49,8 @@ class BatchPlan:
 
     def order(self, epoch: int) -> list[int]:
         """The rows of one epoch, shuffled. Every row once."""
-        return np.random.default_rng([self.seed, epoch]).permutation(self.num_rows).tolist()
+        key = [self.seed, epoch] if self.phase == 0 else [self.seed, epoch, self.phase]
+        return np.random.default_rng(key).permutation(self.num_rows).tolist()
 
     def updates(self, start: int = 0) -> Iterator[tuple[int, list[list[int]]]]:
         """Yield (step, micro-batches of row numbers) for steps start..num_steps-1."""

@@ -54,19 +54,35 @@ def checkpoints(output_dir: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda c: c.step)
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint in memory. `progress`: where the run stood, as `loop.Progress` wrote it."""
+
+    path: Path
+    progress: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, Any] | None
+    rng: Mapping[str, Any]
+
+
 def save_checkpoint(
     output_dir: Path,
-    step: int,
+    progress: Mapping[str, Any],
     model: PeftModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     *,
     fingerprint: str,
     log: str,
     keep: int,
 ) -> Checkpoint:
-    """Write checkpoint-<step>, then delete all but the newest `keep`. StorageError leaves the earlier ones alone."""
+    """Write checkpoint-<step>, then delete all but the newest `keep`. StorageError leaves the earlier ones alone.
+
+    `optimizer` is None between two phases: the next one begins with its own.
+    """
+    step = progress["step"]
     target = output_dir / f"checkpoint-{step:06d}"
-    state = {"step": step, "fingerprint": fingerprint, "optimizer": optimizer.state_dict(), "rng": _rng_state()}
+    held = optimizer.state_dict() if optimizer is not None else None
+    state = {"progress": dict(progress), "fingerprint": fingerprint, "optimizer": held, "rng": _rng_state()}
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with new_directory(target) as folder:
@@ -78,11 +94,8 @@ def save_checkpoint(
     return Checkpoint(target, step)
 
 
-def load_checkpoint(checkpoint: Path, model: PeftModel, optimizer: torch.optim.Optimizer, *, fingerprint: str) -> int:
-    """Restore adapter, optimizer and random state; return the number of updates made.
-
-    Raises TrainingError when the checkpoint is of a run with other data, base or settings.
-    """
+def read_checkpoint(checkpoint: Path, *, fingerprint: str) -> Saved:
+    """Read a checkpoint whole. TrainingError when it is damaged, or of a run with other data, base or settings."""
     try:
         state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
         tensors = safetensors.torch.load_file(checkpoint / ADAPTER_FILE)
@@ -92,19 +105,66 @@ def load_checkpoint(checkpoint: Path, model: PeftModel, optimizer: torch.optim.O
         raise TrainingError(
             f"{checkpoint}: damaged: {str(e).splitlines()[0]}; delete it to go on from the one before"
         ) from None
-    if state["fingerprint"] != fingerprint:
+    if state.get("fingerprint") != fingerprint or "progress" not in state:
         raise TrainingError(
             f"{checkpoint} belongs to a run with other data, base model or settings, so going on would mix two runs; "
             "choose another output_dir, or resume_from_checkpoint=false to start over here"
         )
-    result = set_peft_model_state_dict(model, tensors)
+    return Saved(checkpoint, state["progress"], tensors, state["optimizer"], state["rng"])
+
+
+def load_tensors(model: PeftModel, tensors: Mapping[str, torch.Tensor], where: Path) -> None:
+    """Put the tensors of a saved adapter into the model. TrainingError when they are not all its own."""
+    result = set_peft_model_state_dict(model, dict(tensors))
     if result.unexpected_keys:
         raise TrainingError(
-            f"{checkpoint}: adapter tensors of another shape of run, for example {result.unexpected_keys[0]}"
+            f"{where}: adapter tensors of another shape of run, for example {result.unexpected_keys[0]}"
         )
-    optimizer.load_state_dict(state["optimizer"])
-    _restore_rng(state["rng"])
-    return int(state["step"])
+
+
+def restore_optimizer(saved: Saved, optimizer: torch.optim.Optimizer) -> None:
+    """Optimizer and random state of a checkpoint. The random state last: building things draws from it."""
+    if saved.optimizer is not None:
+        optimizer.load_state_dict(dict(saved.optimizer))
+    restore_rng(saved)
+
+
+def restore_rng(saved: Saved) -> None:
+    _restore_rng(saved.rng)
+
+
+# ---- the best weights so far, where a run watches for them
+
+
+def save_best(output_dir: Path, step: int, model: PeftModel) -> None:
+    """Write best-<step>. Older ones stay until `prune_best`: a checkpoint may still point at them."""
+    with new_directory(best_directory(output_dir, step)) as folder:
+        write_adapter(folder, model)
+
+
+def load_best(output_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """The adapter after update `step`. TrainingError when it is not there any more."""
+    file = best_directory(output_dir, step) / ADAPTER_FILE
+    try:
+        return safetensors.torch.load_file(file)
+    except Exception as e:
+        raise TrainingError(f"{file}: the best weights so far cannot be read ({e}); start over") from None
+
+
+def prune_best(output_dir: Path, current: int | None) -> None:
+    """Delete best-<step> directories that neither the run (`current`) nor a checkpoint can go back to.
+
+    A checkpoint goes back to the newest that is not younger than itself.
+    """
+    steps = sorted(int(folder.name.removeprefix("best-")) for folder in output_dir.glob("best-*"))
+    needed = {current} | {max((s for s in steps if s <= c.step), default=None) for c in checkpoints(output_dir)}
+    for step in steps:
+        if step not in needed:
+            shutil.rmtree(best_directory(output_dir, step), ignore_errors=True)
+
+
+def best_directory(output_dir: Path, step: int) -> Path:
+    return output_dir / f"best-{step:06d}"
 
 
 def save_adapter(output_dir: Path, model: PeftModel, about: Mapping[str, Any]) -> int:
@@ -133,6 +193,7 @@ def set_aside(output_dir: Path) -> None:
     """
     for old in checkpoints(output_dir):
         shutil.rmtree(old.path)
+    prune_best(output_dir, None)
     found = [output_dir / name for name in _ADAPTER_FILES if (output_dir / name).exists()]
     if (output_dir / ABOUT_FILE) not in found:
         return
@@ -201,7 +262,7 @@ def _rng_state() -> dict[str, Any]:
     return state
 
 
-def _restore_rng(state: dict[str, Any]) -> None:
+def _restore_rng(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state_all(state["cuda"])

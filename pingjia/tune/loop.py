@@ -1,13 +1,17 @@
-"""The order of a run: which update comes next, when to check, log, save and stop. Arithmetic is in step.py."""
+"""The order of a run: which update comes next, when to look, log, save and stop. Arithmetic is in step.py.
+
+A run is a row of phases (mostly one). Where it stands is `Progress`, which goes into every checkpoint.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -16,18 +20,29 @@ from peft import PeftModel
 from pingjia.errors import StorageError, TrainingError
 from pingjia.meter import peak_bytes
 from pingjia.models.family import Family
-from pingjia.tune.batches import BatchPlan
-from pingjia.tune.checkpoint import LOG_FILE, disk_message, load_checkpoint, save_checkpoint
+from pingjia.tune import checkpoint as disk
+from pingjia.tune.checkpoint import LOG_FILE, Saved, disk_message
+from pingjia.tune.groups import RateGroup, Rates, group_parameters, optimizer_groups
 from pingjia.tune.guards import MOVED_AFTER_STEPS, MovedCheck
-from pingjia.tune.schedule import learning_rate_at
+from pingjia.tune.penalty import l2_penalty, lora_matrices
+from pingjia.tune.phases import Phase, enter, frozen_digest, require_untouched, trainable_names
+from pingjia.tune.schedule import rate_factor
 from pingjia.tune.settings import TuneSettings
-from pingjia.tune.step import MicroBatch, StepResult, build_batch, mean_loss, update
+from pingjia.tune.shrink import shrink_rank
+from pingjia.tune.step import MicroBatch, Penalty, StepResult, build_batch, mean_loss, update
+from pingjia.tune.watch import Watch
 from pingjia.types import Encoded
+
+SHRUNK = "over-fitting"  # how the event begins that makes the adapter smaller
 
 
 @dataclass(frozen=True, slots=True)
 class StepLog:
-    """One line of trainer_log.jsonl. Losses are nats per learnt token; `step` counts finished updates."""
+    """One line of trainer_log.jsonl. Losses are nats per learnt token; `step` counts finished updates of the run.
+
+    `epoch` counts from the start of the phase. `learning_rate` is the highest among the parameter groups. `l2`: the
+    penalty, apart from the loss. `event`: what happened after this update, for a reader.
+    """
 
     step: int
     num_steps: int
@@ -39,6 +54,27 @@ class StepLog:
     num_learnt: int
     seconds: float
     eval_loss: float | None = None
+    phase: str | None = None
+    l2: float | None = None
+    event: str | None = None
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands. `phase_start`: updates made when the phase began; `rank`: the adapter's now."""
+
+    rank: int
+    step: int = 0
+    phase: int = 0
+    phase_start: int = 0
+    watch: Watch = field(default_factory=Watch)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, value: Mapping[str, Any]) -> Progress:
+        return cls(**{**value, "watch": Watch.of(value["watch"])})
 
 
 @dataclass(slots=True)
@@ -50,6 +86,8 @@ class Run:
     rows: Sequence[Encoded]
     eval_rows: Sequence[Encoded]
     settings: TuneSettings
+    phases: Sequence[Phase]
+    num_layers: int
     fingerprint: str
     output_dir: Path
     resume_from: Path | None = None
@@ -60,69 +98,236 @@ class Run:
     logs: list[StepLog] = field(default_factory=list)
     peak_bytes: int = 0
 
+    @property
+    def num_steps(self) -> int:
+        """Updates of all phases, if none ends early."""
+        return sum(phase.plan.num_steps for phase in self.phases)
 
-def plan_batches(num_rows: int, settings: TuneSettings) -> BatchPlan:
-    return BatchPlan.of(
-        num_rows,
-        rows_per_micro=settings.per_device_train_batch_size,
-        micros_per_update=settings.gradient_accumulation_steps,
-        num_epochs=settings.num_train_epochs,
-        max_steps=settings.max_steps,
-        seed=settings.seed,
-    )
+    @property
+    def wants_best(self) -> bool:
+        """Whether the best weights are kept and put back."""
+        return bool(self.eval_rows) and (
+            self.settings.early_stopping_patience is not None or self.settings.shrink_lora_rank_to is not None
+        )
+
+
+def rate_groups(run: Run, phase: Phase, trainable: frozenset[str]) -> list[RateGroup]:
+    """Open what the phase trains and share it out by rate."""
+    s = run.settings
+    rates = Rates(phase.learning_rate, s.layer_learning_rates, s.loraplus_lr_ratio)
+    return group_parameters(enter(run.model, phase, trainable), rates, run.num_layers)
 
 
 def run_training(run: Run) -> bool:
     """Make every update that is left. True when complete, False when `should_stop` ended it (it is saved then)."""
-    s, plan = run.settings, plan_batches(len(run.rows), run.settings)
     accelerator = Accelerator(cpu=run.model.device.type == "cpu")
     if accelerator.num_processes != 1:
         raise TrainingError(f"started as {accelerator.num_processes} processes; this version trains in one process")
-    model, optimizer = accelerator.prepare(run.model, _optimizer(run.model, s))
-    start = (
-        load_checkpoint(run.resume_from, run.model, optimizer, fingerprint=run.fingerprint) if run.resume_from else 0
-    )
-    run.start = start
+    trainable = trainable_names(run.model)
+    saved = disk.read_checkpoint(run.resume_from, fingerprint=run.fingerprint) if run.resume_from else None
+    progress = Progress.of(saved.progress) if saved else Progress(run.settings.lora_rank)
+    if saved:
+        _restore_weights(run, progress, saved)
+    run.start = progress.step
     run.logs = _restore_log(run.resume_from)
     _write_log(run.output_dir / LOG_FILE, _text(run.logs), "w")
-    has_moved = MovedCheck(run.model) if start < MOVED_AFTER_STEPS else None
-    eval_batches = _batches(run, run.eval_rows)
-    model.train()
-    for step, micros in plan.updates(start):
-        batches = [
-            build_batch([run.rows[i] for i in rows], run.family, run.model.config, run.model.device) for rows in micros
-        ]
-        rate = learning_rate_at(
-            step, plan.num_steps, peak=s.learning_rate, kind=s.lr_scheduler_type, warmup_ratio=s.warmup_ratio
-        )
-        result = update(accelerator, model, optimizer, batches, learning_rate=rate, max_grad_norm=s.max_grad_norm)
-        done, last = step + 1, step + 1 == plan.num_steps
-        if has_moved and done == min(start + MOVED_AFTER_STEPS, plan.num_steps) and done > 1:
-            has_moved(run.model)
-        eval_loss = (
-            mean_loss(model, eval_batches) if eval_batches and (last or done % plan.updates_per_epoch == 0) else None
-        )
-        _log(run, plan, done, rate, result, eval_loss)
-        stopping = run.should_stop() and not last
-        if stopping or last or done % s.save_steps == 0:
-            save_checkpoint(
-                run.output_dir,
-                done,
-                run.model,
-                optimizer,
-                fingerprint=run.fingerprint,
-                log=_text(run.logs),
-                keep=s.save_total_limit,
-            )
-            run.on_saved()
-        if stopping:
+    model = accelerator.prepare(run.model)
+    while progress.phase < len(run.phases):
+        work = _Phase(run, accelerator, model, progress, trainable)
+        work.open(saved)
+        saved = None
+        if not work.train():
             return False
     return True
 
 
-def _optimizer(model: PeftModel, settings: TuneSettings) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+def _restore_weights(run: Run, progress: Progress, saved: Saved) -> None:
+    if progress.rank != run.settings.lora_rank:
+        shrink_rank(run.model, progress.rank)
+    disk.load_tensors(run.model, saved.tensors, saved.path)
+
+
+class _Phase:
+    """One phase of a run at work."""
+
+    def __init__(
+        self, run: Run, accelerator: Accelerator, model: Any, progress: Progress, trainable: frozenset[str]
+    ) -> None:
+        self.run, self.progress = run, progress
+        self.phase = run.phases[progress.phase]
+        self._accelerator, self._model, self._trainable = accelerator, model, trainable
+        self._since_look: list[float] = []  # training losses since the last look at the held-out rows
+        self._optimizer: Any = None
+        self._penalty: Penalty | None = None
+        self._frozen = ""
+
+    def open(self, saved: Saved | None) -> None:
+        """Make parameters, optimizer and random state those of the phase's beginning, or of the checkpoint."""
+        self._build_optimizer()
+        if len(self.run.phases) > 1:
+            self._frozen = frozen_digest(self.run.model)
+        self._eval_batches = _batches(self.run, self.run.eval_rows)
+        first = self._first()
+        self._has_moved = MovedCheck(self.run.model) if first < MOVED_AFTER_STEPS else None
+        if saved is not None:
+            disk.restore_optimizer(saved, self._optimizer)
+            self._since_look = self._losses_since_look()
+        self._model.train()
+
+    def _build_optimizer(self) -> None:
+        s, groups = self.run.settings, rate_groups(self.run, self.phase, self._trainable)
+        optimizer = torch.optim.AdamW(optimizer_groups(groups), weight_decay=s.weight_decay, fused=True)
+        self._optimizer = self._accelerator.prepare(optimizer)
+        matrices = lora_matrices(self.run.model.named_parameters())
+        self._penalty = partial(l2_penalty, matrices, s.lora_l2) if s.lora_l2 and matrices else None
+
+    def _first(self) -> int:
+        return self.progress.step - self.progress.phase_start
+
+    def _losses_since_look(self) -> list[float]:
+        losses: list[float] = []
+        for log in self.run.logs[self.progress.phase_start :]:
+            losses = [] if log.eval_loss is not None else [*losses, log.loss]
+        return losses
+
+    def train(self) -> bool:
+        """Every update that is left in the phase. False when `should_stop` ended it."""
+        run, plan, first = self.run, self.phase.plan, self._first()
+        for step, micros in plan.updates(first):
+            rate, result = self._update(step, micros)
+            self.progress.step += 1
+            done, last = step + 1, step + 1 == plan.num_steps
+            self._since_look.append(result.loss)
+            if self._has_moved and done == min(first + MOVED_AFTER_STEPS, plan.num_steps) and done > 1:
+                self._has_moved(run.model)
+                self._has_moved = None
+            eval_loss = self._look() if self._is_time_to_look(done, last) else None
+            event, is_over = self._decide(eval_loss)
+            self._log(done, rate, result, eval_loss, event)
+            last = last or is_over
+            stopping = run.should_stop() and not last
+            if last:
+                self._close()
+            if stopping or last or done % run.settings.save_steps == 0:
+                self._save(between_phases=last)
+            if stopping:
+                return False
+            if last:
+                return True
+        self._close()
+        return True
+
+    def _update(self, step: int, micros: list[list[int]]) -> tuple[float, StepResult]:
+        run, s = self.run, self.run.settings
+        batches = [
+            build_batch([run.rows[i] for i in rows], run.family, run.model.config, run.model.device) for rows in micros
+        ]
+        factor = rate_factor(step, self.phase.plan.num_steps, kind=s.lr_scheduler_type, warmup_ratio=s.warmup_ratio)
+        result = update(
+            self._accelerator,
+            self._model,
+            self._optimizer,
+            batches,
+            rate_factor=factor,
+            max_grad_norm=s.max_grad_norm,
+            penalty=self._penalty,
+        )
+        return factor * max(group["peak"] for group in self._optimizer.param_groups), result
+
+    def _is_time_to_look(self, done: int, last: bool) -> bool:
+        if not self._eval_batches:
+            return False
+        every = self.run.settings.eval_steps or self.phase.plan.updates_per_epoch
+        return last or done % every == 0
+
+    def _look(self) -> float:
+        return mean_loss(self._model, self._eval_batches)
+
+    def _decide(self, eval_loss: float | None) -> tuple[str | None, bool]:
+        """(what happened, whether the phase is over), after a look."""
+        run, progress, watch = self.run, self.progress, self.progress.watch
+        if eval_loss is None:
+            return None, False
+        train_loss = sum(self._since_look) / len(self._since_look)
+        self._since_look = []
+        is_best = watch.look(progress.step, eval_loss, train_loss)
+        if not run.wants_best:
+            return None, False
+        if is_best:
+            disk.save_best(run.output_dir, progress.step, run.model)
+            return None, False
+        smaller = run.settings.shrink_lora_rank_to
+        if smaller is not None and progress.rank > smaller and watch.is_overfitting():
+            return self._shrink(smaller), False
+        if watch.should_stop(run.settings.early_stopping_patience):
+            return f"stopped early: no better held-out loss at {watch.num_worse} looks in a row", True
+        return None, False
+
+    def _shrink(self, rank: int) -> str:
+        """Back to the best weights, cut to a lower rank; the optimizer begins anew."""
+        run, progress, watch = self.run, self.progress, self.progress.watch
+        assert watch.best_loss is not None
+        before, best_step, best_loss = progress.rank, watch.best_step, watch.best_loss
+        gaps = ", ".join(f"{gap:.3f}" for gap in watch.gaps)
+        disk.load_tensors(run.model, disk.load_best(run.output_dir, best_step), run.output_dir)
+        lost = shrink_rank(run.model, rank)
+        progress.rank = rank
+        progress.watch = Watch()
+        self._build_optimizer()
+        if self._frozen:
+            self._frozen = frozen_digest(run.model)
+        return (
+            f"{SHRUNK} (held-out loss minus training loss {gaps}): rank {before} -> {rank} from the weights of update "
+            f"{best_step} (held-out loss {best_loss:.4f}); {lost:.1%} of the adapter's squared norm left out"
+        )
+
+    def _close(self) -> None:
+        """Put the best weights back, see that what was frozen has not moved, and make ready for the next phase."""
+        run, progress, watch = self.run, self.progress, self.progress.watch
+        if run.wants_best and watch.best_loss is not None and watch.best_step != progress.step:
+            disk.load_tensors(run.model, disk.load_best(run.output_dir, watch.best_step), run.output_dir)
+        if self._frozen:
+            require_untouched(run.model, self._frozen, self.phase)
+        progress.phase += 1
+        if progress.phase < len(run.phases):
+            progress.phase_start = progress.step
+            progress.watch = Watch()
+
+    def _save(self, *, between_phases: bool) -> None:
+        run, progress = self.run, self.progress
+        disk.save_checkpoint(
+            run.output_dir,
+            progress.to_dict(),
+            run.model,
+            None if between_phases else self._optimizer,
+            fingerprint=run.fingerprint,
+            log=_text(run.logs),
+            keep=run.settings.save_total_limit,
+        )
+        disk.prune_best(run.output_dir, progress.watch.best_step)
+        run.on_saved()
+
+    def _log(self, done: int, rate: float, result: StepResult, eval_loss: float | None, event: str | None) -> None:
+        run = self.run
+        log = StepLog(
+            step=self.progress.step,
+            num_steps=run.num_steps,
+            epoch=round(done / self.phase.plan.updates_per_epoch, 4),
+            loss=result.loss,
+            learning_rate=rate,
+            grad_norm=result.grad_norm,
+            num_tokens=result.num_tokens,
+            num_learnt=result.num_learnt,
+            seconds=round(result.seconds, 4),
+            eval_loss=eval_loss,
+            phase=self.phase.name if len(run.phases) > 1 else None,
+            l2=result.l2 if self._penalty else None,
+            event=event,
+        )
+        run.logs.append(log)
+        run.peak_bytes = max(run.peak_bytes, peak_bytes())
+        _write_log(run.output_dir / LOG_FILE, _line(log), "a")
+        run.observe(log)
 
 
 def _batches(run: Run, rows: Sequence[Encoded]) -> list[MicroBatch]:
@@ -131,25 +336,6 @@ def _batches(run: Run, rows: Sequence[Encoded]) -> list[MicroBatch]:
         build_batch(rows[i : i + size], run.family, run.model.config, run.model.device)
         for i in range(0, len(rows), size)
     ]
-
-
-def _log(run: Run, plan: BatchPlan, done: int, rate: float, result: StepResult, eval_loss: float | None) -> None:
-    log = StepLog(
-        step=done,
-        num_steps=plan.num_steps,
-        epoch=round(done / plan.updates_per_epoch, 4),
-        loss=result.loss,
-        learning_rate=rate,
-        grad_norm=result.grad_norm,
-        num_tokens=result.num_tokens,
-        num_learnt=result.num_learnt,
-        seconds=round(result.seconds, 4),
-        eval_loss=eval_loss,
-    )
-    run.logs.append(log)
-    run.peak_bytes = max(run.peak_bytes, peak_bytes())
-    _write_log(run.output_dir / LOG_FILE, _line(log), "a")
-    run.observe(log)
 
 
 def _write_log(file: Path, text: str, mode: Literal["w", "a"]) -> None:

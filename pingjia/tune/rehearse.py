@@ -19,8 +19,9 @@ from pingjia.models import family_of, load_model, max_model_len, use_packed_atte
 from pingjia.models.device import pick_device
 from pingjia.models.settings import ModelSettings
 from pingjia.tune.checkpoint import ADAPTER_FILE, write_adapter
-from pingjia.tune.loop import plan_batches
-from pingjia.tune.lora import add_adapter, count_parameters, resolve_targets
+from pingjia.tune.groups import Rates, group_parameters, optimizer_groups
+from pingjia.tune.lora import add_adapter, count_parameters, resolve, resolve_targets
+from pingjia.tune.phases import plan_phases
 from pingjia.tune.run import encode_rows
 from pingjia.tune.settings import TuneSettings
 from pingjia.tune.step import build_batch, update
@@ -57,27 +58,29 @@ def rehearse(model_settings: ModelSettings, data_settings: DataSettings, setting
         )
         cutoff_len = min(data_settings.cutoff_len, max_model_len(model.config))
         rows, dropped = encode_rows(data_settings.dataset, data_settings, tokenizer, cutoff_len)
-        adapted = add_adapter(model, resolve_targets(model, family_of(model), settings), settings)
+        family = family_of(model)
+        phases = plan_phases(len(rows), settings, lambda p: resolve(model, family, p.target, p.layers).modules)
+        adapted = add_adapter(model, resolve_targets(model, family, settings), settings)
         use_packed_attention(model)
         adapted.train()
         longest = _longest(rows, settings.per_device_train_batch_size)
-        batch = build_batch(longest, family_of(model), model.config, model.device)
+        batch = build_batch(longest, family, model.config, model.device)
         accelerator = Accelerator(cpu=model.device.type == "cpu")
-        wrapped, optimizer = accelerator.prepare(
-            adapted, torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], fused=True)
-        )
-        rate, norm = settings.learning_rate, settings.max_grad_norm
+        groups = group_parameters(adapted.named_parameters(), Rates(settings.learning_rate), 0)
+        optimizer = torch.optim.AdamW(optimizer_groups(groups), fused=True)
+        wrapped, optimizer = accelerator.prepare(adapted, optimizer)
+        norm = settings.max_grad_norm
         results = [
-            update(accelerator, wrapped, optimizer, [batch], learning_rate=rate, max_grad_norm=norm) for _ in range(2)
+            update(accelerator, wrapped, optimizer, [batch], rate_factor=1.0, max_grad_norm=norm) for _ in range(2)
         ]
         _check_saved(adapted)
-    plan = plan_batches(len(rows), settings)
+    num_steps = sum(phase.plan.num_steps for phase in phases)
     num_tokens = sum(len(row.ids) for row in rows)
-    all_tokens = num_tokens * plan.num_steps / plan.updates_per_epoch
+    all_tokens = num_tokens * num_steps / phases[0].plan.updates_per_epoch
     return Rehearsal(
         num_rows=len(rows),
         num_dropped=len(dropped),
-        num_steps=plan.num_steps,
+        num_steps=num_steps,
         num_trainable=count_parameters(adapted)[0],
         batch_tokens=batch.num_tokens,
         loss=results[-1].loss,

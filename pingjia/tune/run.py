@@ -21,13 +21,27 @@ from pingjia.models import base_fingerprint, family_of, load_model, max_model_le
 from pingjia.models.device import pick_device
 from pingjia.models.settings import ModelSettings
 from pingjia.tune.checkpoint import ABOUT_FILE, checkpoints, run_fingerprint, save_adapter, set_aside
-from pingjia.tune.loop import Run, StepLog, plan_batches, run_training
-from pingjia.tune.lora import Targets, add_adapter, count_parameters, resolve_targets
+from pingjia.tune.groups import RateGroup
+from pingjia.tune.loop import SHRUNK, Run, StepLog, rate_groups, run_training
+from pingjia.tune.lora import Targets, adaptable, add_adapter, count_parameters, num_layers, resolve, resolve_targets
+from pingjia.tune.phases import plan_phases, trainable_names
 from pingjia.tune.plot import plot_loss
 from pingjia.tune.settings import TuneSettings
 from pingjia.types import Encoded
 
 _NOT_WEIGHTS = {"output_dir", "save_steps", "save_total_limit", "resume_from_checkpoint"}
+
+
+@dataclass(frozen=True, slots=True)
+class RateRow:
+    """A line of the table of rates: which layers, which modules in them, at what peak rate, how many parameters."""
+
+    phase: str
+    layers: str
+    modules: tuple[str, ...]
+    rate: float
+    num_parameters: int
+    num_steps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +56,7 @@ class TrainPlan:
     num_learnt: int
     num_steps: int
     longest: int
+    rates: tuple[RateRow, ...]
     resume_from: Path | None
     dropped: tuple[str, ...]
 
@@ -119,6 +134,12 @@ def train(
             return finished
         resume_from = _resume_from(output_dir, settings)
         targets = resolve_targets(model, family, settings)
+        phases = plan_phases(
+            len(rows),
+            settings,
+            lambda phase: resolve(model, family, phase.target, phase.layers or settings.lora_layers).modules,
+        )
+        depth = num_layers(adaptable(model))
         adapted = add_adapter(model, targets, settings)
         use_packed_attention(model)
         if settings.gradient_checkpointing:
@@ -130,6 +151,8 @@ def train(
             rows=rows,
             eval_rows=eval_rows,
             settings=settings,
+            phases=phases,
+            num_layers=depth,
             fingerprint=fingerprint,
             output_dir=output_dir,
             resume_from=resume_from,
@@ -279,22 +302,48 @@ def _plan(run: Run, targets: Targets, dropped: list[str]) -> TrainPlan:
         num_rows=len(run.rows),
         num_tokens=sum(len(row.ids) for row in run.rows),
         num_learnt=sum(row.num_learnt for row in run.rows),
-        num_steps=plan_batches(len(run.rows), run.settings).num_steps,
+        num_steps=run.num_steps,
         longest=max(len(row.ids) for row in run.rows),
+        rates=_rates(run),
         resume_from=run.resume_from,
         dropped=tuple(dropped),
     )
 
 
+def _rates(run: Run) -> tuple[RateRow, ...]:
+    """The rates of every phase. Leaves all that the run trains open, as it found it."""
+    trainable = trainable_names(run.model)
+    rows = []
+    for phase in run.phases:
+        groups: list[RateGroup] = rate_groups(run, phase, trainable)
+        rows += [RateRow(phase.name, g.label, g.modules, g.rate, g.count, phase.plan.num_steps) for g in groups]
+    for name, parameter in run.model.named_parameters():
+        if name in trainable:
+            parameter.requires_grad_(True)
+    return tuple(rows)
+
+
 def _metrics(run: Run) -> dict[str, Any]:
     last = run.logs[-1]
-    evals = [log.eval_loss for log in run.logs if log.eval_loss is not None]
     return {
         "num_steps": last.step,
         "last_loss": last.loss,
-        "eval_loss": evals[-1] if evals else None,
+        "eval_loss": _eval_loss(run),
         "seconds": round(sum(log.seconds for log in run.logs), 3),
         "trained_tokens": sum(log.num_tokens for log in run.logs),
         "learnt_tokens": sum(log.num_learnt for log in run.logs),
         "peak_bytes": run.peak_bytes,
     }
+
+
+def _eval_loss(run: Run) -> float | None:
+    """Held-out loss of the weights that are kept: the best since the phase began or the rank shrank, or the last."""
+    losses: list[float] = []
+    for log in reversed(run.logs):
+        if log.phase != run.logs[-1].phase or (log.event or "").startswith(SHRUNK):
+            break
+        if log.eval_loss is not None:
+            losses.append(log.eval_loss)
+    if not losses:
+        return None
+    return min(losses) if run.wants_best else losses[0]

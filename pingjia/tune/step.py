@@ -6,7 +6,7 @@ Shapes: T tokens of all rows of a micro-batch end to end, K learnt tokens among 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,9 +42,16 @@ class MicroBatch:
         return self.target_K.shape[0]
 
 
+Penalty = Callable[[], torch.Tensor]
+"""A term of the loss that does not depend on the rows; a scalar with a gradient."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
+    """`loss` is that of the rows, nats per learnt token; `l2` the penalty that was added to it."""
+
     loss: float
+    l2: float
     grad_norm: float
     num_tokens: int
     num_learnt: int
@@ -100,10 +107,13 @@ def update(
     optimizer: torch.optim.Optimizer,
     batches: Sequence[MicroBatch],
     *,
-    learning_rate: float,
+    rate_factor: float,
     max_grad_norm: float,
+    penalty: Penalty | None = None,
 ) -> StepResult:
     """One optimizer update over the micro-batches; the loss is the mean over ALL their learnt tokens.
+
+    Every parameter group learns at `rate_factor` times its peak rate. `penalty()` is added to the loss once.
 
     (Averaging per-micro-batch means instead would weigh a short answer's tokens more than a long one's.) Row weights
     multiply the loss but not the number of tokens it is divided by: a row of weight 2 pulls twice as hard, also alone.
@@ -111,20 +121,25 @@ def update(
     """
     started = time.perf_counter()
     num_learnt = sum(batch.num_learnt for batch in batches)
-    total = 0.0
+    total = l2 = 0.0
     optimizer.zero_grad()
-    for batch in batches:
+    for number, batch in enumerate(batches):
         loss = summed_loss(model, batch)
-        accelerator.backward(loss / num_learnt)
         total += loss.detach().item()
+        loss = loss / num_learnt
+        if penalty is not None and number == 0:
+            extra = penalty()
+            l2 = extra.detach().item()
+            loss = loss + extra
+        accelerator.backward(loss)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = float(accelerator.clip_grad_norm_(parameters, max_grad_norm))
     _require_finite(total / num_learnt, norm)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = rate_factor * group["peak"]
     optimizer.step()
     seconds = time.perf_counter() - started
-    return StepResult(total / num_learnt, norm, sum(b.num_tokens for b in batches), num_learnt, seconds)
+    return StepResult(total / num_learnt, l2, norm, sum(b.num_tokens for b in batches), num_learnt, seconds)
 
 
 def _require_finite(loss: float, grad_norm: float) -> None:

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from pingjia.errors import TrainingError
 from pingjia.models import family_of, load_model, use_packed_attention
-from pingjia.tune.lora import Targets, add_adapter, count_parameters, parse_layers, resolve_targets
+from pingjia.tune.lora import Targets, add_adapter, count_parameters, resolve_targets
+from pingjia.tune.ranges import parse_layers
 from pingjia.tune.settings import TuneSettings
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -58,6 +58,11 @@ def adapted(tiny_llama: Path) -> Adapted:
     return make
 
 
+def plain_sgd(model: PeftModel) -> torch.optim.Optimizer:
+    """Peak rate 1: an update moves a weight by rate_factor times its gradient."""
+    return torch.optim.SGD([{"params": [p for p in model.parameters() if p.requires_grad], "peak": 1.0}])
+
+
 def gradients(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -117,11 +122,9 @@ def test_accumulation_equals_one_big_batch(adapted: Adapted) -> None:
     for parts in ([rows], [rows[:1], rows[1:3], rows[3:]]):
         model = adapted()
         accelerator = Accelerator(cpu=True)
-        wrapped, optimizer = accelerator.prepare(
-            model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
-        )
+        wrapped, optimizer = accelerator.prepare(model, plain_sgd(model))
         batches = [batch_of(model, part) for part in parts]
-        results.append(update(accelerator, wrapped, optimizer, batches, learning_rate=0.1, max_grad_norm=1e9))
+        results.append(update(accelerator, wrapped, optimizer, batches, rate_factor=0.1, max_grad_norm=1e9))
         weights.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-5)
     assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-4)
@@ -199,8 +202,8 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before(adapted: Adapted) 
         model = adapted()
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         accelerator = Accelerator(cpu=True)
-        _, optimizer = accelerator.prepare(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]))
-        result = update(accelerator, model, optimizer, [batch_of(model, rows)], learning_rate=1.0, max_grad_norm=limit)
+        _, optimizer = accelerator.prepare(model, plain_sgd(model))
+        result = update(accelerator, model, optimizer, [batch_of(model, rows)], rate_factor=1.0, max_grad_norm=limit)
         norms.append(result.grad_norm)
         squares = [(p.detach() - before[n]).pow(2).sum() for n, p in model.named_parameters()]
         moves.append(float(sum(squares).sqrt()))
@@ -216,7 +219,7 @@ def test_a_loss_that_is_no_number_leaves_the_weights_alone(adapted: Adapted) -> 
     accelerator = Accelerator(cpu=True)
     _, optimizer = accelerator.prepare(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
     with pytest.raises(TrainingError, match="loss is nan: training has diverged"):
-        update(accelerator, model, optimizer, [batch_of(model, some_rows(2))], learning_rate=1e-3, max_grad_norm=1.0)
+        update(accelerator, model, optimizer, [batch_of(model, some_rows(2))], rate_factor=1e-3, max_grad_norm=1.0)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if p.requires_grad)
 
 
