@@ -2,7 +2,16 @@
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Family", "base_fingerprint", "family_of", "load_model", "max_model_len", "use_packed_attention"]
+__all__ = [
+    "Family",
+    "added_tokens",
+    "base_fingerprint",
+    "extend_model",
+    "family_of",
+    "load_model",
+    "max_model_len",
+    "use_packed_attention",
+]
 
 if TYPE_CHECKING:
     from pingjia.models.attention import use_packed_attention
@@ -10,10 +19,13 @@ if TYPE_CHECKING:
     from pingjia.models.fingerprint import base_fingerprint
     from pingjia.models.loader import load_model, max_model_len
     from pingjia.models.registry import family_of
+    from pingjia.models.vocabulary import added_tokens, extend_model
 
 _HOMES = {
     "Family": "family",
+    "added_tokens": "vocabulary",
     "base_fingerprint": "fingerprint",
+    "extend_model": "vocabulary",
     "family_of": "registry",
     "load_model": "loader",
     "max_model_len": "loader",

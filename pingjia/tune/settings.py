@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pingjia.recipe import Section
+
+
+def _names(value: object) -> object:
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+def _one_layer(value: object) -> object:
+    return f"{value}-{value}" if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _keys_as_text(value: object) -> object:
+    return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_names)]
+Layers = Annotated[str | None, BeforeValidator(_one_layer)]
+Rate = Annotated[float, Field(ge=0)]
+
+
+class PhaseSettings(Section):
+    """One phase of progressive training. What it leaves out is as in the rest of the recipe."""
+
+    target: Names = Field(min_length=1)  # as lora_target
+    layers: Layers = None  # as lora_layers
+    num_train_epochs: float | None = Field(None, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    learning_rate: Rate | None = None
 
 
 class TuneSettings(Section):
@@ -17,9 +44,21 @@ class TuneSettings(Section):
     lora_rank: int = Field(16, ge=1, le=1024)
     lora_alpha: float = Field(32, gt=0)
     lora_dropout: float = Field(0.1, ge=0, lt=1)
-    lora_target: list[str] = Field(default_factory=list)  # names, or groups attention | ffn | all; empty: the family's
-    lora_layers: str | None = None  # "13-28": only these layers, counted from 1, both ends included
-    learning_rate: float = Field(1e-4, ge=0)
+    lora_target: Names = Field(default_factory=list)  # names, or attention | ffn | embedding | all; empty: the family's
+    lora_layers: Layers = None  # "13-28": only these layers, counted from 1, both ends included; or shares, "0.5-1"
+    lora_rank_pattern: Annotated[dict[str, Annotated[int, Field(ge=1, le=1024)]], BeforeValidator(_keys_as_text)] = (
+        Field(default_factory=dict)  # layer range -> rank, where it is not lora_rank
+    )
+    use_rslora: bool = False  # alpha / sqrt(rank) instead of alpha / rank
+    use_dora: bool = False  # direction and size of a weight apart
+    init_lora_weights: Literal["default", "gaussian", "pissa", "pissa_niter_16"] = "default"
+    loraplus_lr_ratio: float = Field(1.0, ge=1)  # LoRA+: how many times faster B learns than A
+    lora_l2: float = Field(0.0, ge=0)  # lambda of the L2 term over all A and B; the plan's figure is 0.01
+    train_new_tokens: bool = False  # also the embedding rows of tokens that `pingjia data tokenizer --base` added
+    learning_rate: Rate = 1e-4
+    layer_learning_rates: Annotated[dict[str, Rate], BeforeValidator(_keys_as_text)] = Field(default_factory=dict)
+    phases: list[PhaseSettings] = Field(default_factory=list)  # one after the other, into one adapter
+    phase_mode: Literal["exclusive", "cumulative"] = "exclusive"  # cumulative: what earlier phases trained goes on
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     num_train_epochs: float = Field(3.0, gt=0)
@@ -29,17 +68,18 @@ class TuneSettings(Section):
     gradient_checkpointing: bool = False
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    eval_steps: int | None = Field(None, ge=1)  # updates between looks at eval_dataset; null: every epoch
+    early_stopping_patience: int | None = Field(None, ge=1)  # looks without a better loss; the plan's figure is 3
+    shrink_lora_rank_to: int | None = Field(None, ge=1)  # when over-fitting shows, once; the plan's figure is 8
     seed: int = Field(42, ge=0)
     save_steps: int = Field(50, ge=1)
     save_total_limit: int = Field(2, ge=1)
     resume_from_checkpoint: bool | str = True  # true: the newest in output_dir; false: start over; or a directory
 
-    @field_validator("lora_target", mode="before")
-    @classmethod
-    def _names(cls, value: object) -> object:
-        return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
-
-    @field_validator("lora_layers", mode="before")
-    @classmethod
-    def _one_layer(cls, value: object) -> object:
-        return f"{value}-{value}" if isinstance(value, int) and not isinstance(value, bool) else value
+    @model_validator(mode="after")
+    def _fits_together(self) -> TuneSettings:
+        if self.shrink_lora_rank_to is not None and self.shrink_lora_rank_to >= self.lora_rank:
+            raise ValueError(f"shrink_lora_rank_to must be below lora_rank {self.lora_rank}")
+        if self.shrink_lora_rank_to is not None and (self.use_dora or self.lora_rank_pattern):
+            raise ValueError("shrink_lora_rank_to works with one rank for all layers and without use_dora")
+        return self
