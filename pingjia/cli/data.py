@@ -10,12 +10,14 @@ import typer
 
 from pingjia.cli.console import console
 from pingjia.cli.schema import load_recipe
+from pingjia.cli.tokenizer import tokenizer
 from pingjia.cli.train import Overrides, RecipePath
 
 if TYPE_CHECKING:
     from pingjia.data import CheckReport
 
 app = typer.Typer(help="Check and prepare data files.", no_args_is_help=True)
+app.command("tokenizer")(tokenizer)
 
 MAX_SHOWN = 50
 

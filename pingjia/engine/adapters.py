@@ -1,7 +1,8 @@
 """A PEFT adapter directory -> matrices checked against a network. Says no rather than serve something else.
 
-Plain LoRA on the linears of the blocks is applied as it is, without merging; whatever else PEFT can train is refused
-by name with the advice to merge it. How the matrices are applied is in lora.py.
+Plain LoRA on the linears of the blocks, and rows of the embedding and the head that were trained whole, are applied as
+they are, without merging; whatever else PEFT can train is refused by name with the advice to merge it. How they are
+applied is in lora.py and token_rows.py.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from transformers import PreTrainedModel
 from pingjia import chat
 from pingjia.chat import Tokenizer
 from pingjia.engine.lora import AdaptedLinear, LoraWeights
+from pingjia.engine.token_rows import TokenRows, bare, read_rows
 from pingjia.errors import ModelError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ABOUT_FILE = "pingjia.json"
 _TENSOR = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<which>[AB])\.weight")
+_ROWS = re.compile(r"base_model\.model\.(?P<path>.+)\.token_adapter\.trainable_tokens_delta")
 _APPLIED = {
     "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
-    "layers_to_transform", "layers_pattern",
+    "layers_to_transform", "layers_pattern", "trainable_token_indices",
 }  # fmt: skip
 # Fields that decide how an adapter is trained or where it came from, not what it computes.
 _WITHOUT_EFFECT = {
@@ -56,6 +59,7 @@ class Adapter:
     path: Path
     digest: str
     weights: Mapping[str, LoraWeights]
+    token_rows: Mapping[str, TokenRows]
 
 
 def read_adapter(path: str | Path, model: PreTrainedModel, tokenizer: Tokenizer, base_fingerprint: str) -> Adapter:
@@ -69,14 +73,16 @@ def read_adapter(path: str | Path, model: PreTrainedModel, tokenizer: Tokenizer,
     config = _as_json(path / CONFIG_FILE, files[CONFIG_FILE])
     _refuse_other_kinds(path, config)
     _refuse_other_base(path, tokenizer, base_fingerprint)
-    tensors, linears = _tensors(path, files[WEIGHTS_FILE]), _linears(model)
+    tensors, rows = _tensors(path, files[WEIGHTS_FILE])
+    linears = _linears(model)
     _refuse_missing(path, tensors, _targets(path, config, linears))
     weights = {
         name: _weights(path, name, pair, config, linears[name], model.device) for name, pair in sorted(tensors.items())
     }
+    token_rows = read_rows(path, config.get("trainable_token_indices"), rows, model)
     _refuse_idle(path, weights.values())
     digest = hashlib.sha256(files[CONFIG_FILE] + b"\0" + files[WEIGHTS_FILE]).hexdigest()
-    return Adapter(path, digest, weights)
+    return Adapter(path, digest, weights, token_rows)
 
 
 def _read(directory: Path, name: str) -> bytes:
@@ -141,28 +147,32 @@ def _check_golden(path: Path, tokenizer: Tokenizer, golden: Any) -> None:
         raise ModelError(f"{path / ABOUT_FILE}: damaged: its golden chats have no messages and ids: {e!r}") from None
 
 
-def _tensors(path: Path, data: bytes) -> dict[str, dict[str, torch.Tensor]]:
-    """Module path -> {"A": [R, I], "B": [O, R]}."""
+def _tensors(path: Path, data: bytes) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Module path -> {"A": [R, I], "B": [O, R]}, and module path -> rows of tokens [N, H]."""
     try:
         tensors = safetensors.torch.load(data)
     except Exception as e:  # the library has its own error type and several of Python's
         raise ModelError(f"{path / WEIGHTS_FILE}: cannot be read: {e}") from None
     pairs: dict[str, dict[str, torch.Tensor]] = {}
+    rows: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        match = _TENSOR.fullmatch(name)
-        if not match:
-            raise ModelError(
-                f"{path}: unknown tensor {name}: the engine applies lora_A and lora_B of linears; merge it first"
-            )
         if not tensor.isfinite().all():
             raise ModelError(f"{path}: tensor {name} holds values that are not numbers: its training went wrong")
-        pairs.setdefault(str(match["path"]), {})[str(match["which"])] = tensor.float()
-    return pairs
+        if match := _TENSOR.fullmatch(name):
+            pairs.setdefault(str(match["path"]), {})[str(match["which"])] = tensor.float()
+        elif match := _ROWS.fullmatch(name):
+            rows[str(match["path"])] = tensor.float()
+        else:
+            raise ModelError(
+                f"{path}: unknown tensor {name}: the engine applies lora_A and lora_B of linears, and rows of tokens; "
+                "merge it first"
+            )
+    return pairs, rows
 
 
 def _linears(model: PreTrainedModel) -> dict[str, Linear]:
     """Every linear of the blocks by its path; the head is none of them (it sees other rows than its block)."""
-    head = model.get_output_embeddings()
+    head = bare(model.get_output_embeddings())
     modules: dict[str, torch.nn.Module] = dict(model.named_modules())
     wrapped = {f"{name}.base": name for name, m in modules.items() if isinstance(m, AdaptedLinear)}
     return {wrapped.get(name, name): m for name, m in modules.items() if m is not head and isinstance(m, Linear)}

@@ -25,7 +25,9 @@ class LoraWeights:
 
 
 class AdapterRows:
-    """Which rows of the step in progress belong to which adapter; one object, shared by all wrapped linears.
+    """Which rows of the step in progress belong to which adapter; one object, shared by all wrapped modules.
+
+    `current`: rows among the tokens of the step. `outputs`: rows among its logits, which have an order of their own.
 
     A network hands its linears nothing but `x`, so this is the one thing here that is not passed as an argument.
     It is set for the length of one `run` only.
@@ -33,18 +35,24 @@ class AdapterRows:
 
     def __init__(self) -> None:
         self.current: dict[str, torch.Tensor | slice] = {}
+        self.outputs: dict[str, torch.Tensor] = {}
 
     @contextlib.contextmanager
-    def set(self, rows: list[Slice], device: torch.device) -> Iterator[None]:
+    def set(self, rows: list[Slice], outputs: list[Slice], device: torch.device) -> Iterator[None]:
+        """`rows`: the slices in the order of their tokens; `outputs`: the same in the order of their logits."""
         num_rows = sum(piece.num_tokens for piece in rows)
         self.current = {
             key: slice(None) if len(index) == num_rows else torch.tensor(index, device=device)
             for key, index in _rows_of(rows).items()
         }
+        keys = [piece.sequence.adapter for piece in outputs]
+        self.outputs = {
+            key: torch.tensor([i for i, own in enumerate(keys) if own == key], device=device) for key in self.current
+        }
         try:
             yield
         finally:
-            self.current = {}
+            self.current, self.outputs = {}, {}
 
 
 def _rows_of(rows: list[Slice]) -> dict[str, list[int]]:
@@ -83,7 +91,7 @@ def attach(model: torch.nn.Module, key: str, weights: Mapping[str, LoraWeights],
         module = model.get_submodule(path)
         if not isinstance(module, AdaptedLinear):
             module = AdaptedLinear(module, adapter_rows)
-            _replace(model, path, module)
+            replace_module(model, path, module)
         module.weights[key] = lora
 
 
@@ -93,9 +101,9 @@ def detach(model: torch.nn.Module, key: str) -> None:
     for path, module in wrapped:
         module.weights.pop(key, None)
         if not module.weights:
-            _replace(model, path, module.base)
+            replace_module(model, path, module.base)
 
 
-def _replace(model: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
+def replace_module(model: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)

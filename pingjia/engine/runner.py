@@ -29,7 +29,7 @@ class Runner:
         batch = PagedBatch(self._pool, slices)
         ends = dict(zip(batch.rows, accumulate(piece.num_tokens for piece in batch.rows), strict=True))
         last_rows = torch.tensor([ends[piece] - 1 for piece in slices], device=device)
-        with self._adapter_rows.set(batch.rows, device):
+        with self._adapter_rows.set(batch.rows, slices, device):
             output = self._model(
                 input_ids=_input_ids(batch.rows).to(device),
                 position_ids=self._positions(batch.rows).to(device),

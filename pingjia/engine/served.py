@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from pingjia.chat import Tokenizer
 from pingjia.engine.adapters import Adapter, read_adapter
 from pingjia.engine.lora import AdapterRows, attach, detach
+from pingjia.engine.token_rows import attach_rows, detach_rows
 from pingjia.errors import ModelError, ModelNotFound
 from pingjia.models import base_fingerprint
 from pingjia.types import ModelCard
@@ -70,6 +71,7 @@ class Served:
             self.unload(name, num_users)
         if not self._is_attached(adapter):
             attach(self.base.model, adapter.digest, adapter.weights, self.rows)
+            attach_rows(self.base.model, adapter.digest, adapter.token_rows, self.rows)
         self._adapters[name] = (adapter, int(time.time()))
 
     def unload(self, name: str, num_users: int) -> None:
@@ -83,6 +85,7 @@ class Served:
         adapter, _ = self._adapters.pop(name)
         if not self._is_attached(adapter):
             detach(self.base.model, adapter.digest)
+            detach_rows(self.base.model, adapter.digest)
 
     def _is_attached(self, adapter: Adapter) -> bool:
         return any(other.digest == adapter.digest for other, _ in self._adapters.values())

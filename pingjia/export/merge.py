@@ -19,7 +19,7 @@ from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel
 
 from pingjia.errors import ModelError
-from pingjia.models import base_fingerprint, load_model
+from pingjia.models import added_tokens, base_fingerprint, load_model
 from pingjia.models.loader import quiet
 from pingjia.tune.checkpoint import ADAPTER_FILE, new_directory, write_bytes
 from pingjia.tune.guards import require_nonzero_adapter
@@ -27,6 +27,7 @@ from pingjia.tune.run import read_about
 
 # float32 merge of W + BA against x W + (x A) B: rounding only. Half precision rounds the merged weight itself.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+_PROMPT_LEN = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,8 @@ def merge_adapter(
     if about is None:
         raise ModelError(f"{adapter_dir}: no finished adapter here (no pingjia.json)")
     base = base or about["base"]["name"]
-    prompts = [chat["ids"] for chat in about["chat"]["golden"]]
     model = load_model(base, dtype=dtype)
+    prompts = [*(chat["ids"] for chat in about["chat"]["golden"]), *_new_token_prompts(model)]
     _require_same_base(model, about["base"]["fingerprint"], base)
     tensors = _read_adapter(adapter_dir)
     require_nonzero_adapter(tensors)
@@ -101,13 +102,20 @@ def _read_adapter(adapter_dir: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"{adapter_dir}: the adapter cannot be read: {e}") from None
 
 
+def _new_token_prompts(model: PreTrainedModel) -> list[list[int]]:
+    """Every token added to the base's vocabulary, since golden chats need not hold any whose rows were trained."""
+    tokens = added_tokens(model.config)
+    return [tokens[i : i + _PROMPT_LEN] for i in range(0, len(tokens), _PROMPT_LEN)]
+
+
 def _require_same_base(model: PreTrainedModel, fingerprint: str, base: str | Path) -> None:
     if base_fingerprint(model) != fingerprint:
         raise ModelError(f"{base} is not the base this adapter was trained on (its weights differ); give the right one")
 
 
 def _require_all_used(adapted: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
-    loaded = {name.replace(".default.weight", ".weight") for name, _ in adapted.named_parameters() if "lora_" in name}
+    names = [name for name, _ in adapted.named_parameters() if "lora_" in name or ".trainable_tokens_delta." in name]
+    loaded = {name.replace(".default", "") for name in names}
     if loaded != set(tensors):
         odd = sorted(loaded ^ set(tensors))
         raise ModelError(
