@@ -77,7 +77,7 @@ def enter(model: torch.nn.Module, phase: Phase, trainable: frozenset[str]) -> li
 
 
 def _learns(name: str, modules: frozenset[str] | None) -> bool:
-    if modules is None:
+    if modules is None or ".trainable_tokens_delta." in name:  # rows of new tokens learn in every phase
         return True
     module = module_of(name)
     return module in modules or any(module.startswith(f"{m}.") for m in modules)
