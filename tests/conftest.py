@@ -69,3 +69,25 @@ def make_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def tiny_llama(make_llama: Callable[..., Path]) -> Path:
     """A model directory: three layers, hidden size 64, random weights, SmolLM2's tokenizer."""
     return make_llama(0)
+
+
+@pytest.fixture(scope="session")
+def extended_llama(make_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
+    """extended_llama(is_tied): the tiny network with 120 Chinese tokens more, learnt from the packaged samples."""
+    from functools import cache
+
+    from pingjia.chat.extend import BpeBase
+    from pingjia.data.bpe import Corpus, extend
+    from pingjia.models.vocabulary import AddedRows, extend_model
+
+    @cache
+    def make(is_tied: bool) -> Path:
+        base, out = make_llama(0, tie_word_embeddings=is_tied), tmp_path_factory.mktemp("extended")
+        vocabulary = BpeBase(load_tokenizer(base))
+        extension = extend(vocabulary, Corpus(["samples:customer_service.jsonl"]).learnt, 120, 5)
+        rows = AddedRows(vocabulary.first_new, [t.pieces for t in extension.tokens], extension.digest)
+        extend_model(base, out, rows)
+        extension.tokenizer.save(out)
+        return out
+
+    return make
