@@ -16,8 +16,8 @@ from pingjia.errors import TrainingError
 def shrink_rank(model: PeftModel, rank: int) -> float:
     """Cut every module's adapter to `rank`; return the share of the adapters' squared norm that is lost (0 to 1).
 
-    The new matrices share out the singular values evenly. Configuration and scaling follow: alpha stays, and what
-    alpha / rank changes is put into B.
+    The larger factor of each product keeps its size. Configuration and scaling follow:
+    alpha stays, and what alpha / rank changes is put into B.
     """
     name = model.active_adapter
     assert isinstance(name, str)
@@ -49,9 +49,12 @@ def best_of_rank(a_RI: torch.Tensor, b_OR: torch.Tensor, rank: int) -> tuple[tor
     qb, rb = torch.linalg.qr(b_OR)
     qa, ra = torch.linalg.qr(a_RI.T)
     u, s, vt = torch.linalg.svd(rb @ ra.T)
-    root = s[:rank].sqrt()
-    new_b = (qb @ u[:, :rank]) * root
-    new_a = (root[:, None] * vt[:rank]) @ qa.T
+    # The larger factor keeps its size, the other one takes up the singular values. Shared out evenly, an adapter that
+    # has not learnt yet (one factor is 0: B of a linear, A of an embedding) would come out 0 in both, and stay so.
+    size_a, size_b = a_RI.norm(dim=1).mean(), b_OR.norm(dim=0).mean()
+    sizes_a, sizes_b = (size_a, s[:rank] / size_a) if size_a >= size_b else (s[:rank] / size_b, size_b)
+    new_a = (vt[:rank] @ qa.T) * sizes_a.reshape(-1, 1)
+    new_b = (qb @ u[:, :rank]) * sizes_b
     return new_a, new_b, float(s[rank:].square().sum()), float(s.square().sum())
 
 

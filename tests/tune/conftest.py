@@ -53,6 +53,25 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="session")
+def contradiction(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Held-out answers unlike the training rows: their loss rises as soon as those are learnt."""
+    rows = [
+        {"prompt": "冰箱保修多久？", "response": "不知道，请看说明书。"},
+        {"prompt": "怎么退货？", "response": "No."},
+    ]
+    file = tmp_path_factory.mktemp("held_out") / "held_out.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def over_fitting(contradiction: Path) -> dict[str, Any]:
+    """Arguments of `tune` for a run that gets worse on the held-out rows."""
+    data = {"eval_dataset": [str(contradiction)]}
+    return {"data": data, "learning_rate": 0.03, "num_train_epochs": 12, "lora_dropout": 0.0}
+
+
 @pytest.fixture
 def tune(tmp_path: Path, tiny_llama: Path, rows_file: Path) -> Train:
     """tune(hooks, model, quantization_bit, dtype, dataset, data={...}, **TuneSettings): train into tmp_path / "out"."""

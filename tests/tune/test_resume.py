@@ -24,7 +24,7 @@ from pingjia.models.settings import ModelSettings
 from pingjia.tune import Hooks, TrainResult, train
 from pingjia.tune import checkpoint as checkpoint_file
 from pingjia.tune.checkpoint import checkpoints
-from pingjia.tune.loop import read_log
+from pingjia.tune.loop import SHRUNK, read_log
 from pingjia.tune.settings import TuneSettings
 
 Train = Callable[..., TrainResult]
@@ -51,18 +51,57 @@ def stop_after(step: int) -> Hooks:
     return Hooks(on_step=lambda log: seen.append(log.step), should_stop=lambda: seen[-1] >= step)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_killed_runs_end_with_the_bytes_of_an_uninterrupted_one(
-    whole: TrainResult, tmp_path: Path, tiny_llama: Path, rows_file: Path, settings: dict[str, Any], seed: int
-) -> None:
-    killed = tmp_path / "killed"
-    job = {
+EVENTFUL: dict[str, Any] = {
+    "learning_rate": 0.03,
+    "num_train_epochs": 12,
+    "lora_dropout": 0.0,
+    "lora_l2": 1e-8,
+    "phases": [
+        {"target": "all"},
+        {"target": "ffn,embedding", "max_steps": 6},
+        {"target": "embedding", "max_steps": 5},
+    ],
+    "eval_steps": 2,
+    "early_stopping_patience": 4,
+    "shrink_lora_rank_to": 2,
+    "save_steps": 3,
+}
+"""Three phases; the rank shrinks; early stopping ends a phase."""
+
+
+@pytest.fixture(scope="session")
+def eventful(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Path,
+    rows_file: Path,
+    contradiction: Path,
+    settings: dict[str, Any],
+) -> tuple[TrainResult, dict[str, Any]]:
+    """The uninterrupted eventful run, and its job for killed_run.py."""
+    job: dict[str, Any] = {
         "model": {"model_name_or_path": str(tiny_llama), "device": "cpu"},
-        "data": {"dataset": str(rows_file)},
-        "tune": settings | {"output_dir": str(killed)},
-        "seed": seed,
-        "max_kills": 8,
+        "data": {"dataset": str(rows_file), "eval_dataset": str(contradiction)},
+        "tune": settings | EVENTFUL | {"output_dir": str(tmp_path_factory.mktemp("eventful") / "out")},
     }
+    result = train(
+        ModelSettings.model_validate(job["model"]),
+        DataSettings.model_validate(job["data"]),
+        TuneSettings.model_validate(job["tune"]),
+    )
+    return result, job
+
+
+def test_the_eventful_run_has_its_events(eventful: tuple[TrainResult, dict[str, Any]]) -> None:
+    logs = read_log(eventful[0].output_dir / "trainer_log.jsonl")
+    events = [log.event for log in logs if log.event]
+    assert {log.phase for log in logs} == {"all", "ffn+embedding", "embedding"}
+    assert any(event.startswith(SHRUNK) for event in events)
+    assert any(event.startswith("stopped early") for event in events)
+
+
+def killed(job: dict[str, Any], output_dir: Path, seed: int) -> int:
+    """Train by killed_run.py; how often it was killed."""
+    job = job | {"tune": job["tune"] | {"output_dir": str(output_dir)}, "seed": seed, "max_kills": 8}
     done = subprocess.run(
         [sys.executable, str(KILLED_RUN), json.dumps(job)],
         capture_output=True,
@@ -72,10 +111,36 @@ def test_killed_runs_end_with_the_bytes_of_an_uninterrupted_one(
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 1, "nothing was killed: the test has shown nothing"
-    assert weights(killed) == weights(whole.output_dir)
-    assert not list(killed.glob(".*.partial"))
-    assert [log.step for log in read_log(killed / "trainer_log.jsonl")] == list(range(1, 9))
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_eventful_run_killed_at_any_moment_ends_with_the_same_bytes(
+    eventful: tuple[TrainResult, dict[str, Any]], tmp_path: Path, seed: int
+) -> None:
+    """In any phase, before and after the rank shrank, while looks without a better loss are being counted."""
+    result, job = eventful
+    assert killed(job, tmp_path / "killed", seed) >= 1, "nothing was killed: the test has shown nothing"
+    assert weights(tmp_path / "killed") == weights(result.output_dir)
+    logs, expected = (read_log(f / "trainer_log.jsonl") for f in (tmp_path / "killed", result.output_dir))
+    strip = [(log.step, log.loss, log.eval_loss, log.phase, log.event, log.l2) for log in logs]
+    assert strip == [(log.step, log.loss, log.eval_loss, log.phase, log.event, log.l2) for log in expected]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_killed_runs_end_with_the_bytes_of_an_uninterrupted_one(
+    whole: TrainResult, tmp_path: Path, tiny_llama: Path, rows_file: Path, settings: dict[str, Any], seed: int
+) -> None:
+    folder = tmp_path / "killed"
+    job = {
+        "model": {"model_name_or_path": str(tiny_llama), "device": "cpu"},
+        "data": {"dataset": str(rows_file)},
+        "tune": settings,
+    }
+    assert killed(job, folder, seed) >= 1, "nothing was killed: the test has shown nothing"
+    assert weights(folder) == weights(whole.output_dir)
+    assert not list(folder.glob(".*.partial"))
+    assert [log.step for log in read_log(folder / "trainer_log.jsonl")] == list(range(1, 9))
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 7])
