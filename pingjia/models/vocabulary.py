@@ -70,7 +70,10 @@ def extend_model(base: str | Path, out: Path, rows: AddedRows) -> Grown:
     """
     location = locate_model(base)
     if location.is_dir():
-        require_supported(read_config(location)["model_type"])
+        model_type = read_config(location)["model_type"]
+        require_supported(model_type)
+        if model_type == "chatglm":
+            raise ModelError(f"{location}: the vocabulary of chatglm is not extended: new tokens have no place in it")
         if all(file.suffix == ".safetensors" for file in shard_files(location)):
             return _extend_files(location, out, rows)
     return _extend_loaded(location, out, rows)

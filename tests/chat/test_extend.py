@@ -19,7 +19,7 @@ from pingjia.chat.hf import HFTokenizer, Parts
 from pingjia.errors import ModelError
 
 TRAINED_ON = ["the price of the shop, 12 yuan", "数据和文件，一个文件。数据", " 分 a 分 的的的", "Ω≈ç √∫ привет"] * 4
-WORDS = ["冰箱", "保修", "葡萄", "数据库", "的冰箱", "？！", "𠮷野家", "一个月"]
+WORDS = ["冰箱", "保修", "葡萄", "数据库", "的冰箱", "？！", "𠮷野家", "一个月", "月数"]
 texts = st.text(
     st.characters(codec="utf-8", max_codepoint=0x3FFFF)
     | st.sampled_from("冰箱保修葡萄数据库的𠮷野家，？ \nabc1😀👍🏽"),
@@ -114,7 +114,7 @@ def test_new_tokens_are_used(base: BpeBase, extension: Extension) -> None:
 
 
 @given(texts)
-@example("数据库 的冰箱？！")
+@example("数据库 的冰箱？！月数据")
 @example(" 冰 分a冰箱\n\n冰箱<|end|>葡萄<think>")
 @example("𠮷野家、〇々　Ａ１")
 def test_spelt_out_the_ids_are_the_bases(base: BpeBase, extension: Extension, text: str) -> None:
