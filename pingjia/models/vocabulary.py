@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pingjia.errors import ModelError
+from pingjia.errors import ModelError, StorageError
 from pingjia.locate import locate_model
 from pingjia.models.checkpoint import StoredTensor, read_tensors, shard_files, survey
 from pingjia.models.loader import load_model, quiet, read_config
@@ -105,9 +106,16 @@ def _extend_loaded(location: Path, out: Path, rows: AddedRows) -> Grown:
     for table_VH, mean in zip(_tables(model), means, strict=True):
         table_VH[rows.first : rows.stop] = mean
     setattr(model.config, ADDED, rows.as_config())
-    with quiet():
-        model.save_pretrained(out)
+    _save(model, out)
     return Grown(before, max(before, rows.stop), len(means) == 1, _size(out))
+
+
+def _save(model: PreTrainedModel, out: Path) -> None:
+    try:
+        with quiet():
+            model.save_pretrained(out)
+    except SafetensorError as e:  # what the library makes of a disk that refuses
+        raise StorageError(f"the model could not be written: {e}; make room and run the same command again") from None
 
 
 def _stored_dtype(location: Path) -> torch.dtype:
@@ -131,11 +139,13 @@ def _extend_files(directory: Path, out: Path, rows: AddedRows) -> Grown:
     is_tied, tables = _stored_tables(directory, stored)
     before = min(stored[name].shape[0] for name in tables)
     _require_room(directory, before, rows)
+    added_bytes = sum(_num_new_bytes(stored[name], rows) for name in tables)
+    _require_space(out, sum(file.stat().st_size for file in files) + added_bytes)
     new = {name: mean_rows(table, rows.pieces) for name, table in read_tensors({n: stored[n] for n in tables})}
     for file in files:
         here = {name: row for name, row in new.items() if stored[name].file == file}
         _copy_grown(file, out / file.name, here, rows.first) if here else shutil.copyfile(file, out / file.name)
-    _write_index(directory, out, sum(_num_new_bytes(stored[name], rows) for name in tables))
+    _write_index(directory, out, added_bytes)
     _write_config(directory, out, max(before, rows.stop), rows)
     for pattern in _COPIED:
         for file in directory.glob(pattern):
@@ -158,6 +168,16 @@ def _stored_tables(directory: Path, stored: Mapping[str, StoredTensor]) -> tuple
     if packed:
         raise ModelError(f"{directory}: {packed} is stored as {stored[packed].dtype}; extend the float checkpoint")
     return bool(config.tie_word_embeddings), tables
+
+
+def _require_space(out: Path, num_bytes: int) -> None:
+    """Better known now than after an hour of copying."""
+    free = shutil.disk_usage(out).free
+    if num_bytes > free:
+        raise StorageError(
+            f"the extended model takes {num_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free where it would be "
+            "written; make room or choose another --out"
+        )
 
 
 def _copy_grown(source: Path, target: Path, new: Mapping[str, torch.Tensor], first: int) -> None:

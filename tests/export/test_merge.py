@@ -14,11 +14,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from pingjia.chat import load_tokenizer
+from pingjia import Engine, Sampling
+from pingjia.chat import golden_chats, load_tokenizer
 from pingjia.data.settings import DataSettings
 from pingjia.errors import ModelError, StorageError, TrainingError
 from pingjia.export import ExportReport, merge_adapter
 from pingjia.export import merge as module
+from pingjia.models import added_tokens, load_model
 from pingjia.models.settings import ModelSettings
 from pingjia.tune import train
 from pingjia.tune.settings import TuneSettings
@@ -234,3 +236,62 @@ def test_half_precision_has_its_own_tolerance(merge: Callable[..., ExportReport]
     assert report.tolerance == module.TOLERANCE[torch.bfloat16]
     tensors = safetensors.torch.load_file(tmp_path / "merged" / "model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+
+
+# ---- rows of new tokens
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_trained_rows_of_new_tokens_are_merged(
+    extended_llama: Callable[[bool], Path], tmp_path: Path, is_tied: bool
+) -> None:
+    """The merged model answers as base plus adapter does in the engine, in new tokens too."""
+    base, rows = extended_llama(is_tied), tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "冰箱保修多久？", "response": "整机保修三十六个月。"}), encoding="utf-8")
+    train(
+        ModelSettings(model_name_or_path=str(base), device="cpu"),
+        DataSettings(dataset=str(rows)),
+        TuneSettings(
+            output_dir=str(tmp_path / "out"),
+            lora_rank=4,
+            lora_target="all",
+            learning_rate=0.05,
+            max_steps=8,
+            train_new_tokens=True,
+        ),
+    )
+    tokenizer = load_tokenizer(base)
+    report = merge_adapter(tmp_path / "out", tmp_path / "merged", save_tokenizer=tokenizer.save)
+    assert report.num_prompts == len(golden_chats(tokenizer)) + 1, "and one of all new tokens"
+    unmerged, merged = Engine(base, adapter=tmp_path / "out"), Engine(tmp_path / "merged")
+    asked = [[{"role": "user", "content": text}] for text in ("冰箱保修多久？", "电话", "hello")]
+    sampling = Sampling(max_tokens=16)
+    answers = [[a.token_ids for a in e.generate(asked, sampling)] for e in (unmerged, merged)]
+    assert answers[0] == answers[1]
+    assert answers[0] != [a.token_ids for a in unmerged.generate(asked, sampling, adapter=None)]
+    assert max(token for answer in answers[0] for token in answer) >= tokenizer.vocab_size - 120
+
+
+def test_rows_that_were_not_merged_are_noticed(
+    extended_llama: Callable[[bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of the golden chats holds the token; the proof runs over all new ones."""
+    base, rows = extended_llama(False), tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "冰箱保修多久？", "response": "三十六个月。"}), encoding="utf-8")
+    train(
+        ModelSettings(model_name_or_path=str(base), device="cpu"),
+        DataSettings(dataset=str(rows)),
+        TuneSettings(output_dir=str(tmp_path / "out"), learning_rate=0.05, max_steps=3, train_new_tokens=True),
+    )
+    tokenizer = load_tokenizer(base)
+    said = {token for chat in golden_chats(tokenizer) for token in chat["ids"]}
+    token = next(t for t in added_tokens(load_model(base).config) if t not in said)
+
+    def spoil(folder: Path) -> None:
+        tensors = safetensors.torch.load_file(folder / "model.safetensors")
+        tensors["model.embed_tokens.weight"][token] += 1
+        safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    saving(monkeypatch, spoil)
+    with pytest.raises(ModelError, match="does not answer as the adapter did"):
+        merge_adapter(tmp_path / "out", tmp_path / "merged", save_tokenizer=tokenizer.save)

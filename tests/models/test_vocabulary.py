@@ -6,16 +6,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from pingjia.errors import ModelError
+from pingjia.errors import ModelError, StorageError
 from pingjia.locate import locate_model
-from pingjia.models import base_fingerprint, load_model
+from pingjia.models import base_fingerprint, load_model, vocabulary
 from pingjia.models.vocabulary import ADDED, AddedRows, added_tokens, extend_model, mean_rows
 
 SIZE = 49_152  # rows of the tiny network: SmolLM2's vocabulary
@@ -193,4 +195,31 @@ def test_a_truncated_file(tiny_llama: Path, tmp_path: Path, out: Path) -> None:
     data = (base / "model.safetensors").read_bytes()
     (base / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(ModelError, match="cannot be read, perhaps truncated"):
+        extend_model(base, out, ROWS)
+
+
+def test_a_disk_without_room_is_known_beforehand(tiny_llama: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (tiny_llama / "model.safetensors").stat().st_size + 4 * 64 * 4
+    for free in (size - 1, size):
+        monkeypatch.setattr(vocabulary.shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+        if free < size:
+            with pytest.raises(StorageError, match=r"takes 0\.0 GB and 0\.0 GB are free where it would be written"):
+                extend_model(tiny_llama, out, ROWS)
+            assert not list(out.iterdir())
+        else:
+            extend_model(tiny_llama, out, ROWS)
+
+
+def test_a_disk_that_refuses_a_loaded_model(
+    tiny_llama: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    torch.save(tensors(base), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
+    with pytest.raises(StorageError, match="No space left on device"):
         extend_model(base, out, ROWS)
