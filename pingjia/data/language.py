@@ -146,10 +146,11 @@ def _classifier() -> Callable[[str], tuple[str, float]]:
     return classify
 
 
+_TONGUES = "english|chinese|mandarin|cantonese|french|german|japanese|korean|russian|spanish|italian"
 _ABOUT_LANGUAGE = re.compile(
-    r"翻译|译成|译为|译文|英文|英语|中文|汉语|日文|日语|法语|德语|韩语|俄语|西班牙语|外语|双语|单词|拼音|怎么说"
-    r"|语言|translat|\blanguages?\b|in (?:english|chinese|mandarin|french|german|japanese|korean|russian|spanish)|pinyin|bilingual"
-    r"|\b(?:english|chinese|mandarin|french|german|japanese|korean|spanish)\b",
+    r"翻译|译成|译为|译文|英文|英语|中文|汉语|日文|日语|法语|德语|韩语|俄语|西班牙语"
+    r"|外语|双语|单词|拼音|怎么说|语言"
+    rf"|translat|pinyin|bilingual|\blanguages?\b|\b(?:{_TONGUES})\b",
     re.IGNORECASE,
 )
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pingjia.data.duplicates import Signatures
 from pingjia.data.problems import Finding
 from pingjia.data.record import Record
 from pingjia.errors import StorageError
@@ -29,54 +30,62 @@ COLUMNS = np.dtype(
         ("lang", "S8"),
         ("domain", "<u2"),  # index into the part's list of domains; 0 is none
         ("reference", "?"),
-        ("exact", "V16"),
+        ("file", "<u2"),  # index into the part's list of files
+        ("line", "<u4"),
     ]
 )
 
 
 @dataclass(slots=True)
 class Part:
-    """Records as bytes and columns. `minhash_KP`: signatures of the K kept ones, in order."""
+    """R records as bytes and columns. `signatures`: of the kept ones, in order."""
 
     lines: bytes
-    columns: np.ndarray
-    minhash_KP: np.ndarray
+    columns_R: np.ndarray
+    signatures: Signatures
     domains: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> Part:
         domains = sorted({r.domain for r in records if r.domain is not None})
-        index = {name: number for number, name in enumerate(domains, start=1)}
-        columns = np.zeros(len(records), COLUMNS)
-        for row, record in zip(columns, records, strict=True):
-            exact = record.signature.exact if record.signature is not None else bytes(16)
-            row[...] = (
-                record.signature is not None,
-                record.num_tokens,
-                record.num_chars,
-                record.num_han,
-                record.num_letters,
-                record.lang.encode(),
-                index.get(record.domain or "", 0),
-                record.example is not None and record.example.reference is not None,
-                np.void(exact),
-            )
-        hashes = [r.signature.minhash for r in records if r.signature is not None]
-        return cls(
-            lines=b"".join(_line(record) for record in records),
-            columns=columns,
-            minhash_KP=np.stack(hashes) if hashes else np.zeros((0, 0), np.uint32),
-            domains=domains,
-        )
+        files = sorted({_place(r.where)[0] for r in records})
+        names = {name: number for number, name in enumerate(domains, start=1)}
+        columns = np.array([_values(r, names, files) for r in records], COLUMNS)
+        signatures = Signatures.of([r.signature for r in records if r.signature is not None])
+        return cls(b"".join(_line(record) for record in records), columns, signatures, domains, files)
 
     @property
     def num_rows(self) -> int:
-        return len(self.columns)
+        return len(self.columns_R)
+
+
+def _values(record: Record, domains: Mapping[str, int], files: Sequence[str]) -> tuple[Any, ...]:
+    file, line = _place(record.where)
+    return (
+        record.signature is not None,
+        record.num_tokens,
+        record.num_chars,
+        record.num_han,
+        record.num_letters,
+        record.lang.encode(),
+        domains.get(record.domain or "", 0),
+        record.example is not None and record.example.reference is not None,
+        files.index(file),
+        line,
+    )
+
+
+def _place(where: str) -> tuple[str, int]:
+    """(file, line) of "file:12" or "file:12~part2"."""
+    file, _, rest = where.rpartition(":")
+    digits = rest.partition("~")[0]
+    return (file, int(digits)) if digits.isdecimal() else (where, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A record as it is read back. `row`: to be trained on, or as it stands in the file; `original`: if that differs."""
+    """A record as it is read back. `row`: to be trained on; `original`: the row in the file, where that differs."""
 
     where: str
     row: dict[str, Any] | str
@@ -99,12 +108,12 @@ class Parts:
 
     def write(self, number: int, part: Part) -> None:
         """Raises StorageError when the disk refuses; parts that are there stay."""
+        temporary = self._columns(number).with_suffix(".partial")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(self._lines(number), part.lines)
-            temporary = self._columns(number).with_suffix(".partial")
             with open(temporary, "wb") as file:
-                np.savez(file, columns=part.columns, minhash=part.minhash_KP, domains=np.array(part.domains, dtype=str))
+                np.savez(file, **_arrays(part))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self._columns(number))
@@ -117,10 +126,12 @@ class Parts:
     def numbers(self) -> list[int]:
         return sorted(int(f.stem.removeprefix("part-")) for f in self.folder.glob("part-*.npz"))
 
-    def columns(self, number: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """(columns, minhash_KP, names of domains) of a part."""
+    def read(self, number: int) -> Part:
+        """A part without its lines."""
         with np.load(self._columns(number), allow_pickle=False) as file:
-            return file["columns"], file["minhash"], [str(name) for name in file["domains"]]
+            signatures = Signatures(file["exact"], file["question"], file["bands"], file["minhash"])
+            names = ([str(name) for name in file[key]] for key in ("domains", "files"))
+            return Part(b"", file["columns"], signatures, *names)
 
     def lines(self, number: int) -> Iterator[Line]:
         with open(self._lines(number), "rb") as file:
@@ -137,6 +148,19 @@ class Parts:
 
     def _columns(self, number: int) -> Path:
         return self.folder / f"part-{number:06}.npz"
+
+
+def _arrays(part: Part) -> dict[str, np.ndarray]:
+    made = part.signatures
+    return {
+        "columns": part.columns_R,
+        "exact": made.exact,
+        "question": made.question,
+        "bands": made.bands,
+        "minhash": made.minhash,
+        "domains": np.array(part.domains, dtype=str),
+        "files": np.array(part.files, dtype=str),
+    }
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -156,7 +180,7 @@ def _line(record: Record) -> bytes:
         value["personal"] = record.personal
     if record.layout:
         value["layout"] = record.layout
-    if record.original is not None and record.changes:
+    if record.original is not None and record.original is not record.row:
         value["original"] = record.original
     return dump(value)
 

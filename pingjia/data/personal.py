@@ -1,7 +1,7 @@
 """Personal data in texts: found by form and checksum, reported or masked.
 
-Numbers and addresses of companies and services (400-, 95xxx, 12315, help@) are not personal. Names and street addresses are not looked for:
-without a register that is guessing, and a guess that fails silently is worse than none.
+Numbers and addresses of companies and services (400-, 95xxx, 12315, help@) are not personal. Names and street addresses
+are not looked for: without a register that is guessing, and a guess that fails silently is worse than none.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ _ORDER = re.compile(
 _ID_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 _ID_CHECKS = "10X98765432"
 _PROVINCES = frozenset(
-    [11, 12, 13, 14, 15, 21, 22, 23, 31, 32, 33, 34, 35, 36, 37, 41, 42, 43, 44, 45, 46, 50, 51, 52, 53, 54, 61, 62, 63]
-    + [64, 65, 71, 81, 82, 83]
+    [*range(11, 16), *range(21, 24), *range(31, 38), *range(41, 47), *range(50, 55), *range(61, 66), 71, 81, 82, 83]
 )
 
 

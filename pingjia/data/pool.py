@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pingjia.errors import DataError, PingjiaError, StorageError
 
@@ -23,14 +23,8 @@ R = TypeVar("R")
 Engine = Literal["local", "ray"]
 
 
-class Worker(Protocol[C, R]):
-    """Made once in every process by a `Factory`; then called with one chunk after the other."""
-
-    def __call__(self, chunk: C) -> R: ...
-
-
-Factory = Callable[[], Worker[C, R]]
-"""Picklable; loads what a process needs (a tokenizer) and returns its worker."""
+Factory = Callable[[], Callable[[C], R]]
+"""Picklable; loads what a process needs (a tokenizer) and returns what is called with one chunk after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +51,7 @@ def _here(factory: Factory[C, R], chunks: Iterator[C]) -> Iterator[R]:
 
 # ---- several processes
 
-_worker: Worker[Any, Any] | None = None  # of this process
+_worker: Callable[[Any], Any] | None = None  # of this process
 
 
 def _start(factory: Factory[Any, Any]) -> None:
@@ -98,7 +92,7 @@ class _RayWorker:
     """What Ray keeps in its actors: turns rows of the staged files into rows of results."""
 
     def __init__(self, factory: bytes) -> None:
-        self._worker: Worker[Any, Any] = pickle.loads(factory)()  # noqa: S301  we pickled it ourselves, a moment ago
+        self._worker: Callable[[Any], Any] = pickle.loads(factory)()  # noqa: S301  we pickled it ourselves, a moment ago
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         import numpy as np
@@ -128,7 +122,10 @@ def _on_ray(factory: Factory[C, R], chunks: Iterator[C], processes: int, staging
     items = [{"number": number, "chunk": str(name)} for number, name in enumerate(names)]
     actors = min(processes, len(names))
     results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _RayWorker, batch_size=1, compute=ray.data.ActorPoolStrategy(size=actors), fn_constructor_args=[pickle.dumps(factory)]
+        _RayWorker,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        fn_constructor_args=[pickle.dumps(factory)],
     )
     for expected, row in enumerate(results.iter_rows()):
         assert row["number"] == expected

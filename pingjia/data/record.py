@@ -43,8 +43,8 @@ class RawRow:
 class Record:
     """What became of a row, or of a part of it. It is kept as long as `faults` is empty.
 
-    `row`: what training will read; `original`: what the file holds, None for a row that was made. `changes`: how the row differs from
-    the one in the file. `remarks`: what does not change it. `num_han`, `num_letters`: over questions and answers.
+    `row`: what training will read; `original`: what the file holds, None for a row that was made. `changes`: how the
+    row differs from the one in the file. `remarks`: what does not change it. `num_han`, `num_letters`: over questions and answers.
     """
 
     where: str
@@ -92,10 +92,11 @@ class Inspector:
         """One record, or several for a row that was split. None are lost: what is left out has faults."""
         if raw.value is None:
             assert raw.fault is not None
-            return [Record(raw.where, raw.text, [raw.fault])]
+            return [Record(raw.where, raw.text, faults=[raw.fault])]
         parsed = parse_row(raw.value, raw.where)
         if parsed.example is None:
-            return [Record(raw.where, raw.value, [Finding("row", name, why) for name, why in parsed.faults])]
+            faults = [Finding("row", name, why) for name, why in parsed.faults]
+            return [Record(raw.where, raw.value, faults=faults)]
         record = Record(raw.where, raw.value, raw.value, layout=parsed.layout)
         return self._judge(record, self._with_domain(parsed.example))
 

@@ -1,4 +1,4 @@
-"""Cheap rules on the words of a row: what a model should not learn, found without any other row and without a network.
+"""Cheap rules on the words of a row: what a model should not learn, found without other rows or a network.
 
 Every rule is made to be right when it speaks: an answer that merely looks odd is left alone. Empty fields are faults of
 the layout (`layouts.py`) and not here.
@@ -65,11 +65,13 @@ def _is_code(text: str) -> bool:
 
 _AS_AI = re.compile(
     r"(?:作为|身为|我是)(?:一个|一名|一款)?[^，。！？\n]{0,12}?(?:AI|人工智能|大?语言模型|智能助手|聊天机器人)"
-    r"|\bas an? (?:ai|artificial intelligence|(?:large )?language model)|\bI(?:'m| am) (?:just )?an? (?:ai|language model)",
+    r"|\bas an? (?:ai|artificial intelligence|(?:large )?language model)"
+    r"|\bI(?:'m| am) (?:just )?an? (?:ai|language model)",
     re.IGNORECASE,
 )
 _CANNOT = re.compile(
-    r"(?:无法|不能|没有办法|没办法|不会|不便|没有能力)(?:够)?[^，。！？\n]{0,12}?(?:回答|提供|完成|执行|协助|帮助|处理|访问|生成|浏览|查看|获取|进行)"
+    r"(?:无法|不能|没有办法|没办法|不会|不便|没有能力)(?:够)?[^，。！？\n]{0,12}?"
+    r"(?:回答|提供|完成|执行|协助|帮助|处理|访问|生成|浏览|查看|获取|进行)"
     r"|\b(?:cannot|can't|can not|unable to|not able to|won't)\s+(?:\w+\s+){0,2}?"
     r"(?:answer|provide|complete|assist|help|fulfil|access|generate|browse|comply|perform|do that)",
     re.IGNORECASE,
@@ -110,11 +112,13 @@ _SPECIAL = re.compile(
 )
 _SLOT = re.compile(r"\{\{\s*\w[\w. ]{0,40}\}\}|\{%.{1,80}%\}|<%=?.{1,80}%>|\[\[训练时间\]\]")
 _MOJIBAKE = re.compile(
-    r"锟斤拷|烫烫烫|屯屯屯|(?:[\u00c2-\u00ef][\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u2018-\u2022\u2026\u20ac\u2122]{1,2}){2,}"
+    r"锟斤拷|烫烫烫|屯屯屯"
+    r"|(?:[\u00c2-\u00ef][\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u2018-\u2022\u2026\u20ac\u2122]{1,2}){2,}"
 )
 _ABOUT_CODE = re.compile(
-    r"代码|编程|程序|模板|标签|转义|网页|前端|函数|变量|乱码|编码|占位|\b(?:html|xml|css|jinja|template|code|entit|tag|vue|react|latex"
-    r"|python|java|javascript|sql|regex|function|script|placeholder|encoding)",
+    r"代码|编程|程序|模板|标签|转义|网页|前端|函数|变量|乱码|编码|占位"
+    r"|\b(?:html|xml|css|jinja|template|code|entit|tag|vue|react|latex|python"
+    r"|java|javascript|sql|regex|function|script|placeholder|encoding)",
     re.IGNORECASE,
 )
 

@@ -1,0 +1,157 @@
+"""What is decided about every record, and the words for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pingjia.data.duplicates import find_exact, find_leaks, find_near
+from pingjia.data.problems import Finding
+from pingjia.data.settings import DuplicateSettings, LanguageSettings
+from pingjia.data.shares import DomainPlan, SharePlan, plan_zh_share
+from pingjia.data.table import Table
+from pingjia.errors import DataError
+
+KEPT, OWN_FAULT, EXACT, NEAR, LEAK_ROW, LEAK_QUESTION, LEAK_NEAR, QUALITY, SHARE, BALANCE = range(10)
+RULES = ("", "", "duplicate", "near_duplicate", "leak", "leak", "leak", "quality", "zh_share", "balance")
+_LEAKS = {b"row": LEAK_ROW, b"question": LEAK_QUESTION, b"near": LEAK_NEAR}
+
+
+@dataclass(slots=True)
+class Verdicts:
+    """`code_R`: why a record is left out, KEPT if it is not. `other_R`: the record, or the held-out one, it repeats.
+
+    `times_R` and `weight_R`: how often a kept one is written, and its weight in the loss.
+    """
+
+    code: np.ndarray
+    other: np.ndarray
+    times: np.ndarray
+    weight: np.ndarray
+    findings: dict[int, Finding] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, table: Table) -> Verdicts:
+        code = np.where(table.columns_R["kept"], KEPT, OWN_FAULT).astype(np.uint8)
+        size = len(table)
+        return cls(code, np.full(size, -1, np.int64), np.ones(size, np.int64), np.ones(size, np.float32))
+
+    def grown(self, table: Table) -> Verdicts:
+        """The same verdicts with room for the records that a longer table has."""
+        longer = Verdicts.of(table)
+        size = len(self.code)
+        longer.code[:size], longer.other[:size] = self.code, self.other
+        longer.findings = self.findings
+        return longer
+
+    def alive(self) -> np.ndarray:
+        """bool [R]: which are kept so far."""
+        return self.code == KEPT
+
+    def reject(self, rows: np.ndarray, code: int, other: np.ndarray | None = None) -> None:
+        """Leave out `rows` that are kept so far."""
+        still = self.code[rows] == KEPT
+        self.code[rows[still]] = code
+        if other is not None:
+            self.other[rows[still]] = other[still]
+
+    def reject_for(self, row: int, finding: Finding) -> None:
+        if self.code[row] == KEPT:
+            self.code[row] = QUALITY
+            self.findings[row] = finding
+
+
+def judge_duplicates(
+    table: Table, verdicts: Verdicts, held_out: Table, settings: DuplicateSettings, first: int = 0
+) -> None:
+    """Leave out records from `first` on that leak into the held-out rows or repeat an earlier record."""
+    kept, made = table.kept_K, table.signatures
+    new = kept >= first
+    if settings.leakage and len(held_out.signatures):
+        where, how = find_leaks(made, held_out.signatures, settings.near)
+        for kind, code in _LEAKS.items():
+            leaks = new & (how == kind)
+            verdicts.reject(kept[leaks], code, held_out.kept_K[where[leaks]])
+    if settings.exact:
+        _reject_repeated(kept, find_exact_alive(made, verdicts.alive()[kept]), new, verdicts, EXACT)
+    if settings.near is not None and not first:
+        _reject_repeated(kept, find_near(made, settings.near, verdicts.alive()[kept]), new, verdicts, NEAR)
+
+
+def find_exact_alive(signatures: object, alive_K: np.ndarray) -> np.ndarray:
+    """As `find_exact`, among the records that are alive."""
+    rows = np.flatnonzero(alive_K)
+    result = np.full(len(alive_K), -1, np.int64)
+    if len(rows):
+        found = find_exact(_Some(signatures.exact[rows]))  # type: ignore[attr-defined,arg-type]
+        result[rows[found >= 0]] = rows[found[found >= 0]]
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Some:
+    """The one column that `find_exact` reads."""
+
+    exact: np.ndarray
+
+
+def _reject_repeated(kept: np.ndarray, found: np.ndarray, new: np.ndarray, verdicts: Verdicts, code: int) -> None:
+    rows = np.flatnonzero(new & (found >= 0))
+    verdicts.reject(kept[rows], code, kept[found[rows]])
+
+
+def judge_share(table: Table, verdicts: Verdicts, settings: LanguageSettings) -> SharePlan | None:
+    """Leave out rows until enough of the letters are Chinese. DataError when that is to be refused, or out of reach."""
+    if settings.min_zh_share is None:
+        return None
+    rows = np.flatnonzero(verdicts.alive())
+    times = verdicts.times[rows]
+    plan = plan_zh_share(
+        table.columns_R["han"][rows] * times, table.columns_R["letters"][rows] * times, settings.min_zh_share
+    )
+    if plan.num_dropped and settings.action == "refuse":
+        raise DataError(_refused(table, rows, plan, settings.min_zh_share))
+    verdicts.reject(rows[plan.drop], SHARE)
+    return plan
+
+
+def _refused(table: Table, rows: np.ndarray, plan: SharePlan, minimum: float) -> str:
+    examples = ", ".join(table.where(int(row)) for row in rows[plan.drop][:5])
+    return (
+        f"{plan.before:.1%} of the letters are Chinese, below min_zh_share {minimum:.0%}. Leaving out the "
+        f"{plan.num_dropped} least Chinese of {len(rows)} rows would make it {plan.after:.1%} (first: {examples}): "
+        "prepare.languages.action=drop does that; or add Chinese rows"
+    )
+
+
+def apply_domains(rows: np.ndarray, verdicts: Verdicts, plan: DomainPlan) -> None:
+    """Write how often and how heavily each of the alive `rows` counts; those taken 0 times are left out."""
+    verdicts.times[rows], verdicts.weight[rows] = plan.times, plan.weight
+    verdicts.reject(rows[plan.times == 0], BALANCE)
+
+
+def finding_of(row: int, verdicts: Verdicts, table: Table, held_out: Table) -> Finding | None:
+    """Why a record is left out that has no fault of its own."""
+    code, other = int(verdicts.code[row]), int(verdicts.other[row])
+    if code in (KEPT, OWN_FAULT):
+        return None
+    if code == QUALITY:
+        return verdicts.findings[row]
+    return Finding(RULES[code], "row", _reason(code, other, table, held_out))
+
+
+def _reason(code: int, other: int, table: Table, held_out: Table) -> str:
+    if code == EXACT:
+        return f"the same conversation as {table.where(other)}"
+    if code == NEAR:
+        return f"nearly the same as {table.where(other)}, with the same numbers and negations"
+    if code == LEAK_ROW:
+        return f"the held-out row {held_out.where(other)} is the same conversation"
+    if code == LEAK_QUESTION:
+        return f"the held-out row {held_out.where(other)} asks the same question"
+    if code == LEAK_NEAR:
+        return f"the held-out row {held_out.where(other)} is nearly the same"
+    if code == SHARE:
+        return "left out so that enough of the letters are Chinese (prepare.languages.min_zh_share)"
+    return "left out so that the domains have their shares (prepare.domains.target)"
