@@ -53,7 +53,7 @@ def _train(corpus: Corpus, out: Path, vocab_size: int, min_frequency: int) -> No
     from pingjia.data.bpe_files import whole_directory
 
     with whole_directory(out) as folder:
-        trained = train_fresh(corpus.learnt(), vocab_size, min_frequency)
+        trained = train_fresh(corpus.learnt, vocab_size, min_frequency, console.print)
         trained.save(folder)
     _print_shortfall(trained.vocab_size, vocab_size, min_frequency)
     console.print(f"{trained.vocab_size:,} tokens in {out}")
@@ -72,7 +72,7 @@ def _extend(corpus: Corpus, out: Path, base: str, add: int | None, vocab_size: i
     vocabulary = BpeBase(chat.load_tokenizer(base), base)
     wanted = _num_tokens(vocabulary, add, vocab_size)
     with whole_directory(out) as folder:
-        extension = bpe.extend(vocabulary, corpus.learnt, wanted, min_frequency)
+        extension = bpe.extend(vocabulary, corpus.learnt, wanted, min_frequency, console.print)
         seen = bpe.compare(corpus.learnt(), vocabulary.tokenizer, extension)
         _print_rows(corpus)
         rows, bad_rows = corpus.num_rows, corpus.num_bad_rows

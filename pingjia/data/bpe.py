@@ -10,6 +10,7 @@ one private-use character. So training goes on exactly where the base's training
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,8 +24,13 @@ from pingjia.data.problems import Problem
 from pingjia.data.read import read_examples
 from pingjia.errors import DataError, ModelError
 
+Texts = Callable[[], Iterable[str]]
+"""Reads a corpus anew each time it is called."""
+OnNote = Callable[[str], None]
+
 HOLD_OUT_EVERY = 10
 MAX_CHARACTERS = 8  # of one token: beyond are whole phrases of a form letter
+MAX_LEARNT = 5_000_000  # characters the trainer is given; it keeps some 200 bytes for each
 _BATCH = 256  # texts encoded at once
 
 # Chinese characters, CJK punctuation and the full-width forms of ASCII up to U+FF3F. Each of these ranges is whole in
@@ -89,11 +95,12 @@ class Corpus:
 # ---- a fresh vocabulary
 
 
-def train_fresh(texts: Iterable[str], vocab_size: int, min_frequency: int) -> HFTokenizer:
+def train_fresh(texts: Texts, vocab_size: int, min_frequency: int, on_note: OnNote = lambda note: None) -> HFTokenizer:
     """A byte-level BPE of at most `vocab_size` tokens, with ChatML as its form of conversation.
 
     Any text is encoded and decoded without loss, whatever it was trained on. Pairs seen less than `min_frequency`
-    times are not merged, so a small corpus gives fewer tokens. Raises DataError for an empty corpus.
+    times are not merged, so a small corpus gives fewer tokens. `texts` is read twice. Raises DataError for an empty
+    corpus.
     """
     import tokenizers
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -103,14 +110,15 @@ def train_fresh(texts: Iterable[str], vocab_size: int, min_frequency: int) -> HF
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     vocabulary.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     vocabulary.decoder = decoders.ByteLevel()
+    sample = _Sample.of(sum(map(len, _some(texts()))), min_frequency, on_note)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=min_frequency,
+        min_frequency=sample.min_frequency,
         special_tokens=[AddedToken(s, normalized=False, special=True) for s in SPECIALS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    vocabulary.train_from_iterator(_some(texts), trainer)
+    vocabulary.train_from_iterator(sample.take(texts()), trainer)
     tokens = {"eos_token": SPECIALS[2], "pad_token": SPECIALS[0]}
     ids = [vocabulary.get_vocab()[s] for s in SPECIALS]
     return HFTokenizer(Parts(vocabulary, ChatTemplate(CHATML, tokens), tokens, frozenset({ids[2]}), ids[0]))
@@ -126,10 +134,33 @@ def _some(texts: Iterable[str]) -> Iterator[str]:
         raise DataError("no text to learn from: the files hold no sound row; see `pingjia data check`")
 
 
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """Which texts the trainer is given: all of them, or a share by lot, so that its memory has a bound."""
+
+    share: float
+    min_frequency: int
+
+    @classmethod
+    def of(cls, num_characters: int, min_frequency: int, on_note: OnNote) -> _Sample:
+        share = min(1.0, MAX_LEARNT / num_characters)
+        if share < 1:
+            on_note(
+                f"learning from a sample of {share:.0%} of the {num_characters:,} characters: more would only take memory"
+            )
+        return cls(share, max(2, round(min_frequency * share)))
+
+    def take(self, texts: Iterable[str]) -> Iterator[str]:
+        draw = random.Random(0).random  # noqa: S311  not a secret
+        return (text for text in texts if self.share == 1 or draw() < self.share)
+
+
 # ---- more tokens for a base
 
 
-def extend(base: BpeBase, texts: Callable[[], Iterable[str]], num_tokens: int, min_frequency: int) -> Extension:
+def extend(
+    base: BpeBase, texts: Texts, num_tokens: int, min_frequency: int, on_note: OnNote = lambda note: None
+) -> Extension:
     """The base with up to `num_tokens` Chinese tokens more: those that continuing its training on `texts` gives.
 
     Only Chinese characters and punctuation are merged, so texts without them keep their ids. `texts` is read twice.
@@ -139,7 +170,8 @@ def extend(base: BpeBase, texts: Callable[[], Iterable[str]], num_tokens: int, m
     for text in _some(texts()):
         counts.update("".join(_CHINESE.findall(text)))
     alphabet = _Alphabet(base, sorted(c for c, count in counts.items() if count >= min_frequency))
-    merges = _train(alphabet, texts(), num_tokens, min_frequency)
+    sample = _Sample.of(counts.total(), min_frequency, on_note) if counts else _Sample(1, min_frequency)
+    merges = _train(alphabet, sample.take(texts()), num_tokens, sample.min_frequency)
     extension = base.extend(alphabet.joins(merges), num_tokens)
     if not extension.tokens:
         raise DataError(

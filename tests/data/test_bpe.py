@@ -128,7 +128,7 @@ def test_an_empty_corpus(learn: Callable[..., Extension]) -> None:
     with pytest.raises(DataError, match="no text to learn from"):
         learn([])
     with pytest.raises(DataError, match="no text to learn from"):
-        train_fresh([], 1000, 2)
+        train_fresh(lambda: [], 1000, 2)
 
 
 def test_the_same_corpus_gives_the_same_tokens(base: BpeBase, extension: Extension) -> None:
@@ -146,7 +146,7 @@ def test_real_text_takes_a_quarter_less_also_where_it_was_not_seen(base: BpeBase
 
 
 def test_the_comparison_notices_a_text_that_is_cut_otherwise(base: BpeBase, extension: Extension) -> None:
-    other = Extension(train_fresh(["abc"], 300, 2), extension.tokens)
+    other = Extension(train_fresh(lambda: ["abc"], 300, 2), extension.tokens)
     with pytest.raises(ModelError, match=r"cuts the text that begins '冰箱' in another way"):
         compare(["冰箱"], base.tokenizer, other)
 
@@ -159,6 +159,29 @@ def test_public_chinese_rows(base: BpeBase, shared: Path) -> None:
     assert unseen.before is not None
     assert unseen.after is not None
     assert unseen.after > 1.5 * unseen.before
+
+
+def test_a_large_corpus_is_sampled_and_says_so(base: BpeBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer gets at most MAX_LEARNT characters, questions and answers alike; the tokens are nearly the same."""
+    monkeypatch.setattr(bpe, "MAX_LEARNT", 12_000)
+    taken: list[str] = []
+    in_symbols = bpe._in_symbols
+    monkeypatch.setattr(bpe, "_in_symbols", lambda a, t: in_symbols(a, (taken.append(x) or x for x in t)))  # type: ignore[func-returns-value]
+    notes: list[str] = []
+    corpus = Corpus(SAMPLES)
+    sampled = extend(base, corpus.learnt, 200, 5, notes.append)
+    (note,) = notes
+    assert re.fullmatch(
+        r"learning from a sample of \d\d% of the [\d,]+ characters, to bound the trainer's memory", note
+    )
+    texts = list(corpus.learnt())
+    assert 0.3 < len(taken) / len(texts) < 0.6
+    assert 0.3 < len(set(taken) & set(texts[::2])) / len(set(texts[::2])) < 0.6
+    monkeypatch.undo()
+    whole = extend(base, corpus.learnt, 200, 5)
+    fits = [compare(corpus.unseen(), base.tokenizer, e).num_after for e in (whole, sampled)]
+    assert len(sampled.tokens) == 200
+    assert fits[1] < 1.05 * fits[0]
 
 
 # ---- what is read
@@ -192,7 +215,7 @@ def test_bad_rows_are_counted_and_bad_files_end_it(rows_file: Callable[..., Path
 
 @pytest.fixture(scope="module")
 def fresh() -> HFTokenizer:
-    return train_fresh(Corpus(SAMPLES).learnt(), 2000, 2)
+    return train_fresh(Corpus(SAMPLES).learnt, 2000, 2)
 
 
 texts = st.text(
@@ -230,7 +253,7 @@ def test_fresh_size_and_fit(fresh: HFTokenizer) -> None:
     assert fit.before is None
     assert fit.after is not None
     assert fit.after > 1
-    assert train_fresh(["冰箱"] * 3, 2000, 2).vocab_size < 300
+    assert train_fresh(lambda: ["冰箱"] * 3, 2000, 2).vocab_size < 300
 
 
 def test_fresh_has_a_form_of_conversation(fresh: HFTokenizer, tmp_path: Path) -> None:
