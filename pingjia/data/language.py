@@ -156,5 +156,5 @@ _ABOUT_LANGUAGE = re.compile(
 
 
 def asks_for_other_language(question: str) -> bool:
-    """Whether a question is about language (translate, in English, 英文怎么说), so that the answer may be in another."""
+    """Whether a question is about language (translate, 英文怎么说), so that the answer may be in another one."""
     return _ABOUT_LANGUAGE.search(question) is not None

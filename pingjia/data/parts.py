@@ -113,7 +113,7 @@ class Parts:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(self._lines(number), part.lines)
             with open(temporary, "wb") as file:
-                np.savez(file, **_arrays(part))
+                np.savez(file, allow_pickle=False, **_arrays(part))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self._columns(number))

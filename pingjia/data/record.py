@@ -44,7 +44,8 @@ class Record:
     """What became of a row, or of a part of it. It is kept as long as `faults` is empty.
 
     `row`: what training will read; `original`: what the file holds, None for a row that was made. `changes`: how the
-    row differs from the one in the file. `remarks`: what does not change it. `num_han`, `num_letters`: over questions and answers.
+    row differs from the one in the file. `remarks`: what does not change it. `num_han`, `num_letters`: over questions
+    and answers.
     """
 
     where: str

@@ -77,7 +77,8 @@ _CANNOT = re.compile(
     re.IGNORECASE,
 )
 _SORRY = re.compile(
-    r"^\W*(?:(?:非常|很|十分)?(?:抱歉|对不起|遗憾)|不好意思|(?:i'm |i am )?(?:very |so |really )?sorry\b|i apologi[sz]e\b)",
+    r"^\W*(?:(?:非常|很|十分)?(?:抱歉|对不起|遗憾)|不好意思"
+    r"|(?:i'm |i am )?(?:very |so |really )?sorry\b|i apologi[sz]e\b)",
     re.IGNORECASE,
 )
 _REQUEST = re.compile(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -84,7 +84,7 @@ def _renumbered(part: Part, domains: _Names, files: _Names) -> np.ndarray:
     return columns
 
 
-def _append(out: dict[str, BinaryIO], signatures: Signatures) -> None:
+def _append(out: Mapping[str, BinaryIO], signatures: Signatures) -> None:
     if not len(signatures):
         return
     out["exact"].write(np.ascontiguousarray(signatures.exact, "<u8").data)
