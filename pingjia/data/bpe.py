@@ -146,7 +146,7 @@ class _Sample:
         share = min(1.0, MAX_LEARNT / num_characters)
         if share < 1:
             on_note(
-                f"learning from a sample of {share:.0%} of the {num_characters:,} characters: more would only take memory"
+                f"learning from a sample, {share:.0%} of the {num_characters:,} characters: more would only take memory"
             )
         return cls(share, max(2, round(min_frequency * share)))
 
