@@ -221,8 +221,8 @@ class _Growth:
 
 def _no_chatglm(tokenizer: Tokenizer, name: str) -> str:
     return (
-        f"{name}: the vocabulary of {tokenizer.family} is not extended: its special tokens are numbered right behind "
-        f"its pieces ({tokenizer.vocab_size:,} in all), so new ones have no place, and it is a Chinese vocabulary "
+        f"{name}: the vocabulary of {tokenizer.family} is not extended: its special tokens have fixed ids right behind "
+        f"its words ({tokenizer.vocab_size:,} in all), so new ones have no place, and it is a Chinese vocabulary "
         "already; tune it as it is"
     )
 

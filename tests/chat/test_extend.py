@@ -229,9 +229,10 @@ def test_other_kinds_of_bpe_are_refused(model: dict[str, Any], message: str) -> 
         BpeBase(as_tokenizer(tokenizers.Tokenizer(models.BPE(**model))))
 
 
-def test_chatglm_is_refused_with_the_reason() -> None:
-    class ChatGLM:
-        family, vocab_size = "chatglm", 130_344
-
-    with pytest.raises(ModelError, match=r"chatglm is not extended: its special tokens are numbered right behind"):
-        BpeBase(ChatGLM(), "models/chatglm-6b")  # type: ignore[arg-type]
+@pytest.mark.parametrize(("directory", "family"), [("tiny_v1_chat", "chatglm"), ("tiny_v2", "chatglm2")])
+def test_chatglm_is_refused_with_the_reason(shared: Path, directory: str, family: str) -> None:
+    tokenizer = load_tokenizer(shared / "fixtures" / "chatglm" / directory)
+    with pytest.raises(
+        ModelError, match=rf"of {family} is not extended: its special tokens have fixed ids .* no place"
+    ):
+        BpeBase(tokenizer, "models/chatglm")
