@@ -21,7 +21,7 @@ from pingjia.errors import DataError, StorageError
 from pingjia.types import Example
 
 CHUNK_ROWS = 1000
-_INPUTS = "inputs.json"
+_INPUTS = "inputs.sha256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,19 +122,27 @@ def chunks_of(rows: Iterable[RawRow], size: int = CHUNK_ROWS) -> Iterator[Chunk]
 # ---- what a work directory belongs to
 
 
-def open_work(folder: Path, inputs: dict[str, Any]) -> bool:
-    """Make `folder` ready for a job with these inputs; True when it holds finished work of the very same job.
-
-    Work of another job (other files, settings or version) is removed: nothing in it may be mixed with this one's.
-    """
+def digest(inputs: dict[str, Any]) -> str:
+    """sha256 hex of everything that decides a result, the version of the program included."""
     text = json.dumps({"version": pingjia.__version__, **inputs}, sort_keys=True, ensure_ascii=False)
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def belongs(folder: Path, inputs: dict[str, Any]) -> bool:
+    """Whether the work in `folder` is that of a job with these inputs."""
     try:
-        if (folder / _INPUTS).is_file() and (folder / _INPUTS).read_text(encoding="utf-8") == digest:
-            return True
+        return (folder / _INPUTS).read_text(encoding="utf-8") == digest(inputs)
+    except OSError:
+        return False
+
+
+def open_work(folder: Path, inputs: dict[str, Any]) -> None:
+    """Make `folder` ready for a job with these inputs. Work of the same job stays; that of any other is removed."""
+    if belongs(folder, inputs):
+        return
+    try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        (folder / _INPUTS).write_text(digest, encoding="utf-8")
+        (folder / _INPUTS).write_text(digest(inputs), encoding="utf-8")
     except OSError as e:
         raise StorageError(f"{folder}: cannot be written: {e.strerror or e}") from None
-    return False

@@ -68,13 +68,14 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything `Inspector` needs, small and picklable."""
+    """Everything `Inspector` needs, small and picklable. `lenient`: rows that parse are signed as they are, no more."""
 
     model: str
     cutoff_len: int
     settings: PrepareSettings
     domains: tuple[str, ...] | None = None
     rules: DomainRules | None = None
+    lenient: bool = False
 
     def inspector(self) -> Inspector:
         return Inspector(self, load_tokenizer(self.model))
@@ -99,6 +100,8 @@ class Inspector:
             faults = [Finding("row", name, why) for name, why in parsed.faults]
             return [Record(raw.where, raw.value, faults=faults)]
         record = Record(raw.where, raw.value, raw.value, layout=parsed.layout)
+        if self._plan.lenient:
+            return [self._measured(record, parsed.example)]
         return self._judge(record, self._with_domain(parsed.example))
 
     def inspect_example(self, example: Example) -> list[Record]:
