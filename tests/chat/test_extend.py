@@ -232,7 +232,5 @@ def test_other_kinds_of_bpe_are_refused(model: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize(("directory", "family"), [("tiny_v1_chat", "chatglm"), ("tiny_v2", "chatglm2")])
 def test_chatglm_is_refused_with_the_reason(shared: Path, directory: str, family: str) -> None:
     tokenizer = load_tokenizer(shared / "fixtures" / "chatglm" / directory)
-    with pytest.raises(
-        ModelError, match=rf"of {family} is not extended: its special tokens have fixed ids .* no place"
-    ):
+    with pytest.raises(ModelError, match=rf"of {family} is not extended: .* have fixed ids .* no place"):
         BpeBase(tokenizer, "models/chatglm")
