@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "CheckReport",
+    "Job",
     "Prepared",
     "Problem",
     "check_files",
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
     from pingjia.data.check import CheckReport, check_files
     from pingjia.data.encode import encode_examples
     from pingjia.data.files import fingerprint, resolve
-    from pingjia.data.prepared import Prepared, prepare
+    from pingjia.data.prepared import Job, Prepared, prepare
     from pingjia.data.problems import Problem
     from pingjia.data.read import read_examples
 
 _HOMES = {
     "CheckReport": "check",
+    "Job": "prepared",
     "Prepared": "prepared",
     "Problem": "problems",
     "check_files": "check",

@@ -55,7 +55,10 @@ def signature(example: Example) -> Signature:
     text = "\n".join(m.content for m in turns if m.role in ("user", "assistant"))
     minhash = _minhash(text)
     return Signature(
-        exact=_digest(turns, 16), question=_number(_digest(turns[:-1], 8)), bands=_bands(minhash, text), minhash=minhash
+        exact=_digest(turns, 16, example.tools),
+        question=_number(_digest(turns[:-1], 8, example.tools)),
+        bands=_bands(minhash, text),
+        minhash=minhash,
     )
 
 
@@ -64,8 +67,8 @@ def text_digest(text: str) -> int:
     return _number(_digest([Message("user", text)], 8))
 
 
-def _digest(turns: Sequence[Message], size: int) -> bytes:
-    plain = "\0".join(f"{m.role}\0{_plain(m.content)}" for m in turns)
+def _digest(turns: Sequence[Message], size: int, tools: Sequence[str] = ()) -> bytes:
+    plain = "\0".join([*tools, *(f"{m.role}\0{_plain(m.content)}" for m in turns)])
     return blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=size).digest()
 
 

@@ -80,12 +80,16 @@ def _may_hold(text: str) -> bool:
     return "@" in text or "＠" in text or sum(map(str.isdigit, text)) >= 5
 
 
-def mask(text: str, kinds: Collection[str] = KINDS) -> tuple[str, Counter[str]]:
-    """The text with 【手机号】 or [PHONE] (by its language) for what is personal, and how many of each kind."""
+def mask(text: str, kinds: Collection[str] = KINDS, *, english: bool | None = None) -> tuple[str, Counter[str]]:
+    """The text with 【手机号】 or [PHONE] for what is personal, and how many of each kind.
+
+    `english` None: English where no Chinese character is in the text. A row has one language for all its texts, so that
+    a fact still stands in its answer.
+    """
     found = find_personal(text, kinds)
     if not found:
         return text, Counter()
-    english = count_han(text) == 0
+    english = count_han(text) == 0 if english is None else english
     pieces, at = [], 0
     for p in found:
         pieces += [text[at : p.start], _MASKS[p.kind][english]]
@@ -96,9 +100,10 @@ def mask(text: str, kinds: Collection[str] = KINDS) -> tuple[str, Counter[str]]:
 def mask_example(example: Example, kinds: Collection[str] = KINDS) -> tuple[Example, Counter[str]]:
     """An example with every text masked: turns, facts and reference. The same object when nothing was found."""
     total: Counter[str] = Counter()
+    english = not any(count_han(m.content) for m in example.messages)
 
     def masked(text: str) -> str:
-        result, found = mask(text, kinds)
+        result, found = mask(text, kinds, english=english)
         total.update(found)
         return result
 
@@ -118,15 +123,27 @@ def _masked_turn(message: Message, masked: Callable[[str], str]) -> Message:
 
 def mask_row(row: Mapping[str, Any], kinds: Collection[str] = KINDS) -> dict[str, Any]:
     """A row of a file with every string in it masked, at any depth; keys stay."""
-    return {key: _masked_value(value, kinds) for key, value in row.items()}
+    english = not any(map(count_han, _strings(row)))
+    masked: dict[str, Any] = _masked_value(dict(row), kinds, english)
+    return masked
 
 
-def _masked_value(value: Any, kinds: Collection[str]) -> Any:
+def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        return mask(value, kinds)[0]
+        yield value
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
+def _masked_value(value: Any, kinds: Collection[str], english: bool) -> Any:
+    if isinstance(value, str):
+        return mask(value, kinds, english=english)[0]
     if isinstance(value, list):
-        return [_masked_value(item, kinds) for item in value]
-    return mask_row(value, kinds) if isinstance(value, dict) else value
+        return [_masked_value(item, kinds, english) for item in value]
+    if isinstance(value, dict):
+        return {key: _masked_value(item, kinds, english) for key, item in value.items()}
+    return value
 
 
 # ---- one finder per kind, over text whose digits are ASCII
