@@ -1,12 +1,13 @@
 """Bytes of a data file -> text: UTF-8 first, GBK/GB18030 where the file is that.
 
 A file is taken for GB18030 (which contains GBK and GB2312) when in the 256 KiB from its first non-ASCII line on more
-strings are GB18030 than UTF-8. Anything else is damage, reported by line. Not here: rows and JSON (`rows.py`).
+strings are GB18030 than UTF-8. Anything else is damage, reported by line. Not here: rows (`rows.py`).
 """
 
 from __future__ import annotations
 
 import enum
+import re
 from collections import Counter
 from typing import BinaryIO
 
@@ -23,17 +24,22 @@ def starts_as_utf16(head: bytes) -> bool:
 class Decoder:
     """Decodes one file in stretches that end between characters. What the file is, its first non-ASCII text decides."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, *, is_table: bool = False) -> None:
         self.is_gb = False
         self._is_decided = False
         self._file = file
+        self._borders = _CELL_BORDERS if is_table else _STRING_BORDERS
+
+    @property
+    def encoding(self) -> str:
+        return "GB18030" if self.is_gb else "UTF-8"
 
     def decode(self, data: bytes) -> str:
         """Text of the stretch just read from the file. Raises UnicodeDecodeError for damage."""
         if data.isascii():
             return data.decode("ascii")
         if not self._is_decided:
-            self._is_decided, self.is_gb = True, _is_gb(data + _peek(self._file))
+            self._is_decided, self.is_gb = True, _is_gb(data, self._file, self._borders)
         if self.is_gb and _kind(data) is not Kind.UTF8:  # files glued together from both are read right, too
             return data.decode("gb18030")
         return data.decode("utf-8")
@@ -56,17 +62,26 @@ class Kind(enum.Enum):
     NEITHER = enum.auto()
 
 
+# A quote is never part of a character in either encoding, nor are separators, so they cut text into strings that can be
+# told apart.
+_STRING_BORDERS = re.compile(rb'"')
+_CELL_BORDERS = re.compile(rb'[",;\t\r\n]')
+
+
+def _is_gb(data: bytes, file: BinaryIO, borders: re.Pattern[bytes]) -> bool:
+    ahead = _peek(file)
+    strings = borders.split(data + ahead)
+    if len(ahead) == _SAMPLE_BYTES:
+        strings.pop()  # cut anywhere
+    kinds = Counter(map(_kind, strings))
+    return kinds[Kind.GB] > kinds[Kind.UTF8] + kinds[Kind.EITHER] / 2
+
+
 def _peek(file: BinaryIO) -> bytes:
     position = file.tell()
     data = file.read(_SAMPLE_BYTES)
     file.seek(position)
     return data
-
-
-def _is_gb(sample: bytes) -> bool:
-    # A quote is never part of a character in either encoding, so it cuts JSON into strings that can be told apart.
-    kinds = Counter(_kind(string) for string in sample.split(b'"')[:-1])
-    return kinds[Kind.GB] > kinds[Kind.UTF8] + kinds[Kind.EITHER] / 2
 
 
 def _kind(data: bytes) -> Kind:

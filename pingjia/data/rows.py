@@ -1,293 +1,153 @@
-"""A data file -> raw rows with their lines, in constant memory: JSON Lines, or one JSON array of objects.
+"""A data file -> raw rows with their lines, in constant memory: JSON Lines, a JSON array, CSV, Parquet; also in gzip.
 
-A row that is no JSON object is reported by line and passed over; nothing ends the reading but the end of the file. Not
-here: encodings (`encoding.py`) and what the fields of a row mean (`layouts.py`).
+What a file is, its contents tell, and its name where they leave it open. A row that cannot be read is reported by line
+and passed over. Not here: what the fields of a row mean (`layouts.py`).
 """
 
 from __future__ import annotations
 
-import json
-import re
+import io
+import os
+import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from pingjia.data.encoding import BOM_UTF8, Decoder, starts_as_utf16
+from pingjia.data.encoding import BOM_UTF8, starts_as_utf16
+from pingjia.data.json_rows import read_array, read_lines
+from pingjia.data.packed import GZIP, Unpacked
+from pingjia.data.raw import MAX_ROW_BYTES, Fault, Row
+from pingjia.data.csv_rows import is_csv, read_csv
 
-MAX_ROW_BYTES = 16 << 20
-_CHUNK_BYTES = 1 << 16
-_MAX_SHOWN = 1000  # of a row over the limit
+__all__ = ["MAX_ROW_BYTES", "Fault", "Row", "read_rows"]
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A JSON object of a file and the line it begins in."""
-
-    line: int
-    value: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """What is wrong with a row or a file (line 0). `lost` is False for a remark: the row is there nevertheless.
-
-    `text` is the row as it stands in the file, as far as it was read; bytes that are no text are written \\xNN.
-    """
-
-    line: int
-    field: str
-    reason: str
-    lost: bool = True
-    text: str = ""
+_BUFFER_BYTES = 1 << 17
+_PARQUET = b"PAR1"
+_TABLE_ENDINGS = (".csv", ".tsv", ".tab")
+_OTHERS = {  # first bytes -> what is wrong and what to do
+    b"PK\x03\x04": "is a zip archive or an Excel workbook; unpack it, or save the sheet as CSV",
+    b"\xd0\xcf\x11\xe0": "is an old Excel workbook; save the sheet as CSV",
+    b"BZh": "is packed by bzip2; unpack it, or pack it by gzip",
+    b"\xfd7zXZ": "is packed by xz; unpack it, or pack it by gzip",
+    b"\x28\xb5\x2f\xfd": "is packed by zstd; unpack it, or pack it by gzip",
+    b"ARROW1": "is an Arrow file; save it as Parquet",
+    b"PARE": "is an encrypted Parquet file; save it unencrypted",
+    GZIP: "is packed by gzip twice; unpack it once",
+    _PARQUET: "is Parquet packed by gzip; unpack it, Parquet is packed in itself",
+    b"\0\0\0\0": "begins with NUL bytes, so it is no text or was damaged; get it again",
+}
 
 
 def read_rows(path: Path) -> Iterator[Row | Fault]:
-    """Rows and faults in file order. Never raises for what is in a file, or for a file that is not there."""
+    """Rows and faults in file order. Never raises for what is in a file, or for a file that is not there.
+
+    A file that is another one at the end than it was at the beginning is a fault (line 0).
+    """
     try:
-        with open(path, "rb") as file:
-            yield from _read(file)
-    except FileNotFoundError:
-        yield Fault(0, "file", "no such file")
-    except IsADirectoryError:
-        yield Fault(0, "file", "is a directory; give the files in it")
+        if obstacle := _obstacle(path):
+            yield Fault(0, "file", obstacle)
+            return
+        with open(path, "rb", _BUFFER_BYTES) as file:
+            before = os.fstat(file.fileno())
+            yield from _read(file, path)
+        if change := _change(before, path):
+            yield Fault(0, "file", f"{change} while it was read; read it again when nothing writes to it")
     except OSError as e:
-        yield Fault(0, "file", f"cannot be read: {e.strerror}")
+        yield Fault(0, "file", f"cannot be read: {e.strerror or e}")
 
 
-def _read(file: BinaryIO) -> Iterator[Row | Fault]:
-    head = file.read(4)
-    if starts_as_utf16(head):
-        yield Fault(0, "encoding", "UTF-16 or UTF-32 text; save the file as UTF-8")
+def _obstacle(path: Path) -> str:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "no such file"
+    except ValueError:
+        return "no such file: a name cannot hold a NUL character"
+    if stat.S_ISDIR(mode):
+        return "is a directory; give the files in it"
+    return "" if stat.S_ISREG(mode) else "is a pipe or a device; save what comes out of it as a file"
+
+
+def _change(before: os.stat_result, path: Path) -> str:
+    try:
+        after = path.stat()
+    except OSError:
+        return "was removed"
+    if (after.st_dev, after.st_ino) != (before.st_dev, before.st_ino):
+        return "was replaced by another"
+    if after.st_size != before.st_size:
+        return f"changed (from {before.st_size:,} to {after.st_size:,} bytes)"
+    return "changed" if after.st_mtime_ns != before.st_mtime_ns else ""
+
+
+# ---- what is it?
+
+
+def _read(file: BinaryIO, path: Path) -> Iterator[Row | Fault]:
+    head = _head(file)
+    if head.startswith(_PARQUET):
+        yield from _read_parquet(path)
+    elif head.startswith(GZIP):
+        unpacked = Unpacked(file)
+        yield from _read_text(io.BufferedReader(unpacked, _BUFFER_BYTES), path.name.removesuffix(".gz"))
+        if unpacked.damage:
+            yield Fault(0, "file", unpacked.damage)
+    else:
+        yield from _read_text(file, path.name)
+
+
+def _read_parquet(path: Path) -> Iterator[Row | Fault]:
+    from pingjia.data.parquet_rows import read_parquet  # brings pyarrow, which few files need
+
+    return read_parquet(path)
+
+
+def _read_text(file: BinaryIO, name: str) -> Iterator[Row | Fault]:
+    head = _head(file)
+    if fault := _refuse(head):
+        yield fault
         return
-    if head.startswith(BOM_UTF8):
+    start = len(BOM_UTF8) if head.startswith(BOM_UTF8) else 0
+    if start:
         yield Fault(1, "encoding", "begins with a byte order mark (BOM); passed over", lost=False)
-    start = file.seek(len(BOM_UTF8) if head.startswith(BOM_UTF8) else 0)
-    first = _first_character(file)
     file.seek(start)
-    if first is None:
-        yield Fault(0, "file", "is empty; one JSON object per line is expected")
-        return
-    decoder = Decoder(file)
-    yield from _read_array(file, decoder) if first == b"[" else _read_lines(file, decoder)
-    if decoder.is_gb:
-        yield Fault(0, "encoding", "GBK/GB18030 text, converted while reading; save the file as UTF-8", lost=False)
+    ahead = _first_words(file)
+    file.seek(start)
+    yield from _read_kind(file, name.lower(), ahead)
 
 
-def _first_character(file: BinaryIO) -> bytes | None:
-    while chunk := file.read(_CHUNK_BYTES):
-        if stripped := chunk.lstrip():
-            return stripped[:1]
+def _refuse(head: bytes) -> Fault | None:
+    """Why the text of a file cannot be read, by its first bytes."""
+    for magic, reason in _OTHERS.items():
+        if head.startswith(magic):
+            return Fault(0, "file", reason)
+    if starts_as_utf16(head):
+        return Fault(0, "encoding", "UTF-16 or UTF-32 text; save the file as UTF-8")
     return None
 
 
-# ---- JSON Lines
+def _read_kind(file: BinaryIO, name: str, ahead: bytes) -> Iterator[Row | Fault]:
+    if not ahead:
+        yield Fault(0, "file", "is empty; there is no row in it")
+    elif ahead.startswith(b"["):
+        yield from read_array(file)
+    elif not ahead.startswith(b"{") and (name.endswith(_TABLE_ENDINGS) or is_csv(ahead)):
+        yield from read_csv(file)
+    elif name.endswith(".parquet") and not ahead.startswith(b"{"):
+        yield Fault(0, "file", "is named .parquet and does not begin as Parquet does; get it again")
+    else:
+        yield from read_lines(file)
 
 
-def _read_lines(file: BinaryIO, decoder: Decoder) -> Iterator[Row | Fault]:
-    number = 0
-    while data := file.readline(MAX_ROW_BYTES + 1):
-        number += 1
-        if len(data) > MAX_ROW_BYTES:
-            size = len(data) + _skip_line(file)
-            reason = f"has {size:,} bytes; the limit is {MAX_ROW_BYTES:,}"
-            yield Fault(number, "line", reason, text=_shown(data[:_MAX_SHOWN]))
-            continue
-        if not data.strip():
-            continue
-        if number == 1 and data.strip() == b"{":
-            yield Fault(0, "json", "the object is spread over several lines; write one object per line (JSON Lines)")
-            return
-        try:
-            text = decoder.decode(data)
-        except UnicodeDecodeError as e:
-            kind = "GB18030" if decoder.is_gb else "UTF-8"
-            reason = f"byte {e.start + 1} of the line is no {kind} text, which the file is"
-            yield Fault(number, "encoding", reason, text=_shown(data))
-            continue
-        yield _parse(text.strip(), number)
+def _head(file: BinaryIO) -> bytes:
+    head = file.read(8)
+    file.seek(0)
+    return head
 
 
-def _shown(data: bytes) -> str:
-    return data.decode("utf-8", "backslashreplace").strip()
-
-
-def _skip_line(file: BinaryIO) -> int:
-    """Pass over the rest of a line; its number of bytes."""
-    size = 0
-    while data := file.readline(_CHUNK_BYTES):
-        size += len(data)
-        if data.endswith(b"\n"):
-            break
-    return size
-
-
-# ---- one array
-
-
-@dataclass(frozen=True, slots=True)
-class _Element:
-    """What stands between two commas of an array. `text` is its beginning when `size` is over the limit."""
-
-    line: int
-    text: str
-    size: int
-    is_closed: bool
-
-
-def _read_array(file: BinaryIO, decoder: Decoder) -> Iterator[Row | Fault]:
-    splitter = _Splitter()
-    for element in splitter.split(_stretches(file, decoder)):
-        yield _check_element(element, behind_array=splitter.is_over and not element.is_closed)
-    if not splitter.num_elements:
-        yield Fault(0, "file", "holds an empty array")
-
-
-def _check_element(element: _Element, *, behind_array: bool) -> Row | Fault:
-    text = element.text.strip()
-    field, reason = "json", ""
-    if behind_array:
-        reason = "there is text behind the end of the array"
-    elif not element.is_closed:
-        reason = "the file ends before the array does; the row that begins here is not whole"
-    elif element.size > MAX_ROW_BYTES:
-        field, reason = "line", f"row has {element.size:,} characters; the limit is {MAX_ROW_BYTES:,}"
-    elif not text:
-        reason = "there is nothing between two commas"
-    elif any("\udc80" <= c <= "\udcff" for c in text):
-        field, reason = "encoding", "the row holds bytes that are no text in the file's encoding"
-    if not reason:
-        return _parse(text, element.line)
-    return Fault(element.line, field, reason, text=_shown(text.encode("utf-8", "surrogateescape")))
-
-
-def _stretches(file: BinaryIO, decoder: Decoder) -> Iterator[str]:
-    """Decoded pieces of the file, each ending at a quote, so never inside a character or an escape."""
-    held: list[bytes] = []
-    while chunk := file.read(_CHUNK_BYTES):
-        cut = chunk.rfind(b'"') + 1
-        if not cut and len(held) * _CHUNK_BYTES > MAX_ROW_BYTES:
-            cut = len(chunk) - chunk.endswith(b"\\")  # a string over the limit: its text will not be used
-        if cut:
-            yield decoder.decode_damaged(b"".join([*held, chunk[:cut]]))
-            held = [chunk[cut:]]
-        else:
-            held.append(chunk)
-    yield decoder.decode_damaged(b"".join(held))
-
-
-class _Splitter:
-    """Cuts the text of one JSON array into its elements, without parsing them.
-
-    Knows strings and brackets only, so a broken element does not hide the next one. A line break inside a string, which
-    JSON forbids, ends the string: after a lost quote the cutting is right again from one of the next lines on.
-    """
-
-    _MARKS = re.compile(r'\\.|["\[\]{},\n]', re.DOTALL)
-
-    def __init__(self) -> None:
-        self.is_over = False  # the array was closed
-        self.num_elements = 0
-        self._line = 1  # of the first character held
-        self._held: list[str] = []
-        self._size = 0
-        self._num_breaks = 0
-        self._depth = 0
-        self._in_string = False
-
-    def split(self, stretches: Iterator[str]) -> Iterator[_Element]:
-        for text in stretches:
-            start = 0
-            for mark in self._MARKS.finditer(text):
-                border = self._follow(mark.group(), text, mark.start())
-                if border:
-                    self._hold(text[start : mark.start()])
-                    start = mark.end() if mark.group() == border else mark.start()
-                    if element := self._take(border):
-                        yield element
-            self._hold(text[start:])
-        rest = self._element(is_closed=False)
-        if rest.text.strip() or not self.is_over:
-            self.num_elements += 1
-            yield rest
-
-    def _follow(self, mark: str, text: str, at: int) -> str:
-        """Keep track of strings and brackets; the mark itself when it is a border of elements, else nothing."""
-        if self.is_over:
-            return ""
-        if self._in_string:
-            self._in_string = mark not in ('"', "\n")
-            return self._mend(text[max(0, at - 100) : at].rstrip()) if mark == "\n" else ""
-        if mark == '"':
-            self._in_string = True
-        elif mark in ("[", "{"):
-            self._depth += 1
-            return mark if self._depth == 1 else ""
-        elif mark in ("]", "}"):
-            self._depth -= 1
-            self.is_over = self._depth == 0
-            return mark if self.is_over else ""
-        elif mark == "," and self._depth == 1:
-            return mark
-        return ""
-
-    def _mend(self, line: str) -> str:
-        """A string ran into a line break. If the line looks like the end of an element, its brackets were in there."""
-        if line.endswith(("}", "},")) and self._depth > 1:
-            self._depth = 1
-            return "," if line.endswith(",") else ""
-        return ""
-
-    def _hold(self, text: str) -> None:
-        self._size += len(text)
-        self._num_breaks += text.count("\n")
-        self._held.append(text)
-        if self._size > MAX_ROW_BYTES:
-            self._held = [self._held[0][:_MAX_SHOWN]]  # enough to find the line of its beginning
-
-    def _take(self, border: str) -> _Element | None:
-        """The element that a border ends, if there is one."""
-        element = self._element(is_closed=True)
-        is_empty_array = border == "]" and not self.num_elements and not element.text.strip()
-        if border == "[" or is_empty_array:
-            return None
-        self.num_elements += 1
-        return element
-
-    def _element(self, *, is_closed: bool) -> _Element:
-        text = "".join(self._held)
-        leading = text[: len(text) - len(text.lstrip())].count("\n")
-        element = _Element(self._line + leading, text, self._size, is_closed)
-        self._line += self._num_breaks
-        self._held, self._size, self._num_breaks = [], 0, 0
-        return element
-
-
-# ---- one row
-
-
-def _parse(text: str, line: int) -> Row | Fault:
-    try:
-        value = json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError as e:
-        return Fault(line + e.lineno - 1, "json", f"not valid JSON: {e.msg} (column {e.colno})", text=text)
-    except _GivenTwice as e:
-        return Fault(line, str(e), "given twice in one object; keep one", text=text)
-    except (ValueError, RecursionError):  # a number of thousands of digits, or thousands of brackets
-        return Fault(line, "json", "a number or a nesting too long to read", text=text)
-    if not isinstance(value, dict):
-        reason = f"a row must be an object {{...}}, not a {type(value).__name__}"
-        return Fault(line, "json", reason, text=text)
-    return Row(line, value)
-
-
-class _GivenTwice(Exception):
-    """A key that stands twice in one object."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        seen: set[str] = set()
-        raise _GivenTwice(next(k for k, _ in pairs if k in seen or seen.add(k)))  # type: ignore[func-returns-value]
-    return row
+def _first_words(file: BinaryIO) -> bytes:
+    """Some of the file from its first character that is no blank on; nothing if there is none."""
+    while chunk := file.read(_BUFFER_BYTES):
+        if stripped := chunk.lstrip():
+            return stripped
+    return b""

@@ -269,7 +269,7 @@ def test_chunks_of_any_size_give_the_same(write: Write, monkeypatch: pytest.Monk
     rows = [{"prompt": f'你好{i}\\"', "response": "x" * i + "😀"} for i in range(40)]
     path = write(_array(*rows), "data.json")
     for size in (1, 2, 3, 7, 64, 1000):
-        monkeypatch.setattr("pingjia.data.rows._CHUNK_BYTES", size)
+        monkeypatch.setattr("pingjia.data.json_rows._CHUNK_BYTES", size)
         assert [r.value for r in read_rows(path) if isinstance(r, Row)] == rows
 
 
