@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pingjia.data.raw import MAX_ROW_BYTES, MAX_SHOWN, Fault, Row, shown
 from pingjia.data.csv_rows import BadCell, judge_columns, parse_cells
+from pingjia.data.raw import MAX_ROW_BYTES, MAX_SHOWN, Fault, Row, shown
 
 if TYPE_CHECKING:
     import pyarrow

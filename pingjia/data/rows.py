@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from pingjia.data.csv_rows import is_csv, read_csv
 from pingjia.data.encoding import BOM_UTF8, starts_as_utf16
 from pingjia.data.json_rows import read_array, read_lines
 from pingjia.data.packed import GZIP, Unpacked
 from pingjia.data.raw import MAX_ROW_BYTES, Fault, Row
-from pingjia.data.csv_rows import is_csv, read_csv
 
 __all__ = ["MAX_ROW_BYTES", "Fault", "Row", "read_rows"]
 

@@ -1,6 +1,9 @@
 """Files -> rows: broken lines, encodings, arrays, sizes; every row is an example or a named problem."""
 
+import gzip
 import json
+import os
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +104,98 @@ def test_missing_empty_directory(tmp_path: Path, write: Write, read: Read) -> No
     assert "is empty" in reasons[2]
     assert "directory" in reasons[3]
     assert str(problems[0]) == f"{missing}:0: file: no such file"
+
+
+@pytest.mark.parametrize(
+    ("data", "field", "reason"),
+    [
+        (b"PK\x03\x04....", "file", "save the sheet as CSV"),
+        (b"BZh91AY", "file", "bzip2"),
+        (b"\xfd7zXZ\0", "file", "xz"),
+        (b"\x28\xb5\x2f\xfd..", "file", "zstd"),
+        (b"ARROW1\0\0", "file", "save it as Parquet"),
+        (bytes(4096) + LINE.encode(), "file", "NUL bytes"),
+    ],
+)
+def test_files_of_another_kind_are_told_by_their_contents(
+    write: Write, read: Read, data: bytes, field: str, reason: str
+) -> None:
+    examples, problems, _ = read(write(data))
+    assert examples == []
+    assert [(p.line, p.field) for p in problems] == [(0, field)]
+    assert reason in problems[0].reason
+
+
+def test_nul_bytes_between_rows_hide_none(write: Write, read: Read) -> None:
+    """As a crash leaves them in a file that was appended to."""
+    path = write(LINE.encode() + b"\n" + bytes(100) + b"\n" + LINE.encode())
+    examples, problems, _ = read(path)
+    assert [e.where[-1] for e in examples] == ["1", "3"]
+    assert [(p.line, p.field) for p in problems] == [(2, "json")]
+
+
+def test_what_is_no_regular_file(tmp_path: Path, read: Read) -> None:
+    os.mkfifo(tmp_path / "pipe")  # would block for ever
+    _, problems, _ = read(tmp_path / "pipe", "/dev/null", "a\0b")
+    assert [(p.line, p.field) for p in problems] == [(0, "file")] * 3
+    assert ["pipe or a device" in p.reason for p in problems] == [True, True, False]
+    assert "no such file" in problems[2].reason
+
+
+# ---- files that change
+
+
+def _append(path: Path) -> None:
+    with open(path, "a") as file:
+        file.write("\n" + LINE)
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _replace(path: Path) -> None:
+    other = path.with_suffix(".new")
+    other.write_bytes(path.read_bytes())
+    os.replace(other, path)
+
+
+def _touch(path: Path) -> None:
+    os.utime(path, ns=(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_append, r"changed \(from 3,499 to 3,563 bytes\)"),
+        (_cut, r"changed \(from 3,499 to 1,749 bytes\)"),
+        (_replace, "was replaced by another"),
+        (_touch, "changed while"),
+        (Path.unlink, "was removed"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_that_changes_while_it_is_read(
+    write: Write, change: Callable[[Path], None], reason: str, packed: bool
+) -> None:
+    data = "\n".join([LINE] * 63).ljust(3499).encode()[:3499]
+    path = write(gzip.compress(data) if packed else data)
+    reader = read_rows(path)
+    assert isinstance(next(reader), Row)
+    change(path)
+    last = list(reader)[-1]
+    assert isinstance(last, Fault)
+    assert (last.line, last.field, last.lost) == (0, "file", True)
+    assert re.search(reason.split(r" \(")[0] if packed else reason, last.reason)
+    assert "while it was read" in last.reason
+
+
+def test_a_file_that_is_only_read_in_part_is_not_complained_of(write: Write) -> None:
+    path = write([ROW] * 3)
+    problems: list[Problem] = []
+    for _ in read_examples([path], max_samples=1, on_problem=problems.append):
+        _touch(path)
+    assert problems == []
 
 
 def test_only_a_byte_order_mark(write: Write, read: Read) -> None:
@@ -283,6 +378,14 @@ def _peak_bytes(path: Path) -> tuple[int, list[Row | Fault]]:
         return tracemalloc.get_traced_memory()[1], found
     finally:
         tracemalloc.stop()
+
+
+def test_rows_of_the_longest_size_hide_none(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pingjia.data.json_rows.MAX_ROW_BYTES", 100)
+    rows = [{"n": "x" * (size - len('{"n": ""}'))} for size in range(95, 106)]
+    found = list(read_rows(write(rows)))
+    assert [r.line for r in found] == list(range(1, 12))
+    assert [r.value for r in found if isinstance(r, Row)] == [r for r in rows if len(json.dumps(r)) < 100]
 
 
 @pytest.mark.parametrize("as_array", [False, True])
