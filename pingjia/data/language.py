@@ -28,8 +28,10 @@ _SCRIPTS: Mapping[str, re.Pattern[str]] = {
     "el": re.compile("[\u0370-\u03ff]"),
     "he": re.compile("[\u05d0-\u05ea]"),
 }
+_ANY_OTHER = re.compile("|".join(pattern.pattern for pattern in _SCRIPTS.values()))
 _WORD = re.compile(r"[A-Za-z\u00c0-\u024f\u1e00-\u1eff]+(?:['’][A-Za-z]+)?")
-_PLAIN_WORD = re.compile(r"(?<![A-Za-z0-9_.-])[a-z\u00df-\u00ff]{2,}(?:['’][a-z]+)?(?![A-Za-z0-9_.-]*[A-Z0-9_])")
+_PLAIN_ANY_OTHER = re.compile("|".join(pattern.pattern for pattern in _SCRIPTS.values()))
+_WORD = re.compile(r"(?<![A-Za-z0-9_.-])[a-z\u00df-\u00ff]{2,}(?:['’][a-z]+)?(?![A-Za-z0-9_.-]*[A-Z0-9_])")
 _LATIN = (
     "en",
     "fr",
@@ -93,6 +95,8 @@ def identify(text: str) -> Language:
 
 
 def _other_script(text: str) -> tuple[str | None, int]:
+    if not _ANY_OTHER.search(text):
+        return None, 0
     counts = {lang: len(pattern.findall(text)) for lang, pattern in _SCRIPTS.items()}
     lang = max(counts, key=lambda name: counts[name])
     return (lang, counts[lang]) if counts[lang] else (None, 0)

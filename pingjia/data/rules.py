@@ -173,6 +173,8 @@ def _unbalanced(text: str) -> str | None:
 
 
 def _echo(example: Example) -> str | None:
+    if len(example.response) > 3 * len(example.messages[-2].content) and len(example.response) > 400:
+        return None  # a long answer is no echo, and the comparison is slow
     question, answer = _plain(example.messages[-2].content), _plain(example.response)
     if not answer or not question:
         return None
