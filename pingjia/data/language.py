@@ -30,8 +30,7 @@ _SCRIPTS: Mapping[str, re.Pattern[str]] = {
 }
 _ANY_OTHER = re.compile("|".join(pattern.pattern for pattern in _SCRIPTS.values()))
 _WORD = re.compile(r"[A-Za-z\u00c0-\u024f\u1e00-\u1eff]+(?:['’][A-Za-z]+)?")
-_PLAIN_ANY_OTHER = re.compile("|".join(pattern.pattern for pattern in _SCRIPTS.values()))
-_WORD = re.compile(r"(?<![A-Za-z0-9_.-])[a-z\u00df-\u00ff]{2,}(?:['’][a-z]+)?(?![A-Za-z0-9_.-]*[A-Z0-9_])")
+_PLAIN_WORD = re.compile(r"(?<![A-Za-z0-9_.-])[a-z\u00df-\u00ff]{2,}(?:['’][a-z]+)?(?![A-Za-z0-9_.-]*[A-Z0-9_])")
 _LATIN = (
     "en",
     "fr",
