@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from pingjia.chat.tokenizer import Tokenizer
 from pingjia.data import Problem, check_files, encode_examples, fingerprint, read_examples, resolve
-from pingjia.data.check import MAX_KEPT
+from pingjia.data.check import MAX_KEPT, _lengths
 from pingjia.data.script import count_han, count_letters, zh_share
 from pingjia.data.settings import DataSettings
 from pingjia.errors import DataError, ModelError
@@ -81,6 +82,33 @@ def test_duplicates_are_notes(write: Write) -> None:
     assert [(n.line, n.field) for n in report.notes] == [(4, "row"), (5, "row")]
     assert f"{path}:1" in report.notes[0].reason
     assert report.num_examples == 5
+
+
+def test_rules_are_counted_with_samples(write: Write) -> None:
+    report = check_files([write([ZH] * 9)])
+    assert report.rules == {"exact_duplicate": 8}
+    assert report.samples["exact_duplicate"] == report.notes[:5]
+    assert json.loads(json.dumps(report.to_dict()))["samples"]["exact_duplicate"][0]["line"] == 2
+
+
+def test_notes_come_in_the_order_of_the_rows(write: Write) -> None:
+    a = write([ZH, ZH, {**EN, "id": 1}], "b.jsonl")
+    b = write([{**ZH, "id": 1}, EN], "a.jsonl")
+    notes = check_files([a, b]).notes
+    assert [(Path(n.file).name, n.line, n.field) for n in notes] == [
+        ("b.jsonl", 2, "row"),
+        ("b.jsonl", 3, "id"),
+        ("a.jsonl", 1, "id"),
+        ("a.jsonl", 1, "row"),
+        ("a.jsonl", 2, "row"),
+    ]
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=200))
+def test_quantiles_are_those_of_the_sorted_lengths(sizes: list[int]) -> None:
+    found, ordered = _lengths(Counter(sizes), "x"), sorted(sizes)
+    expected = [ordered[min(len(sizes) - 1, int(share * len(sizes)))] for share in (0.5, 0.9, 0.99)]
+    assert [found.p50, found.p90, found.p99, found.longest, found.total] == [*expected, ordered[-1], sum(sizes)]
 
 
 def test_the_same_file_twice_is_all_duplicates(write: Write) -> None:
@@ -267,9 +295,10 @@ def test_han_is_the_unicode_script() -> None:
             assert count_han(char) == 0, name
 
 
-@given(st.text())
+@given(st.text() | st.text(st.sampled_from("aZ1 〇々中é½²Ⅷ，_")))
 def test_chinese_characters_are_letters(text: str) -> None:
     assert 0 <= count_han(text) <= count_letters(text) <= len(text)
+    assert count_letters(text) == sum(c.isalpha() or count_han(c) for c in text)
 
 
 def test_problem_as_text() -> None:
