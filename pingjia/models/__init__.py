@@ -3,11 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
+    "Encoder",
     "Family",
     "added_tokens",
     "base_fingerprint",
     "extend_model",
     "family_of",
+    "load_encoder",
     "load_model",
     "max_model_len",
     "use_packed_attention",
@@ -15,6 +17,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from pingjia.models.attention import use_packed_attention
+    from pingjia.models.encoder import Encoder, load_encoder
     from pingjia.models.family import Family
     from pingjia.models.fingerprint import base_fingerprint
     from pingjia.models.loader import load_model, max_model_len
@@ -22,11 +25,13 @@ if TYPE_CHECKING:
     from pingjia.models.vocabulary import added_tokens, extend_model
 
 _HOMES = {
+    "Encoder": "encoder",
     "Family": "family",
     "added_tokens": "vocabulary",
     "base_fingerprint": "fingerprint",
     "extend_model": "vocabulary",
     "family_of": "registry",
+    "load_encoder": "encoder",
     "load_model": "loader",
     "max_model_len": "loader",
     "use_packed_attention": "attention",
