@@ -1,8 +1,8 @@
 """Rows judged by BERTScore: how much two texts say the same. The encoder is brought by the caller.
 
-Three comparisons, each with its own threshold: an answer against the row's reference; a made question against the one it
-was made from; and, only when asked for, an answer against its question. The last says that both are about one subject.
-It does not say that the answer is good: prompt against answer is no measure of quality.
+Three comparisons, each with its own threshold: an answer against the row's reference; a made question against the one
+it was made from; and, only when asked for, an answer against its question. The last says that both are about one
+subject. It does not say that the answer is good: prompt against answer is no measure of quality.
 """
 
 from __future__ import annotations
