@@ -167,7 +167,7 @@ class _Check:
         for repeat in self._seen.repeats():
             file, _, line = repeat.where.rpartition(":")
             reason = f"the same question and answer as {repeat.first}; it is learnt twice"
-            self.note(Problem(file, int(line), "row", reason, "exact_duplicate"))
+            self.note(Problem(file, int(line), "row", reason, "duplicate"))
         order = {name: number for number, name in enumerate(self.report.files)}
         self.report.notes.sort(key=lambda note: (order.get(note.file, 0), note.line))
 

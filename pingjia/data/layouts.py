@@ -61,8 +61,9 @@ def parse_row(row: dict[str, Any], where: str) -> Parsed:
     extras = _extras(row, faults)
     if not faults:
         _check_order(messages, layout.list_key, len(messages) - _num_listed(row, layout), faults)
-    _check_facts(messages, extras["facts"], faults)
-    unread = tuple(k for k in row if k not in (*layout.keys, *_STRINGS, *_LISTS))
+    if "facts" in extras:
+        _check_facts(messages, extras["facts"], faults)
+    unread = tuple(k for k in row if k not in _KNOWN[layout.name])
     example = None if faults else Example(messages=tuple(messages), where=where, **extras)
     return Parsed(layout.name, example, faults, unread)
 
@@ -114,10 +115,15 @@ _LAYOUTS = (
     _Layout("context", ("context", "target"), ("context", "target"), _read_context),
 )
 LAYOUTS = tuple(layout.name for layout in _LAYOUTS)
+_KNOWN = {layout.name: frozenset((*layout.keys, *_STRINGS, *_LISTS)) for layout in _LAYOUTS}
 
 
 def _recognise(row: dict[str, Any]) -> _Layout | None:
-    return next((layout for layout in _LAYOUTS if any(k in row for k in layout.marks)), None)
+    for layout in _LAYOUTS:
+        for mark in layout.marks:
+            if mark in row:
+                return layout
+    return None
 
 
 def _unknown(row: dict[str, Any]) -> str:
@@ -214,6 +220,8 @@ def _check_text(value: Any, name: str, faults: Faults, *, may_be_empty: bool = F
 
 
 def _surrogate(text: str) -> int | None:
+    if text.isascii():
+        return None
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as e:
@@ -224,10 +232,12 @@ def _surrogate(text: str) -> int | None:
 def _extras(row: dict[str, Any], faults: Faults) -> dict[str, Any]:
     extras: dict[str, Any] = {}
     for key in _STRINGS:
-        extras[key] = _text(row, key, faults, may_be_empty=True, default="").strip() or None
+        if row.get(key) is not None:
+            extras[key] = _text(row, key, faults, may_be_empty=True).strip() or None
     for key in _LISTS:
-        value = row.get(key)
-        if value is not None and not isinstance(value, list):
+        if (value := row.get(key)) is None:
+            continue
+        if not isinstance(value, list):
             faults.append((key, f"must be a list of strings, not {_kind(value)}"))
             value = None
         extras[key] = tuple(_check_text(v, f"{key}[{i}]", faults) for i, v in enumerate(value or []))

@@ -86,9 +86,9 @@ def test_duplicates_are_notes(write: Write) -> None:
 
 def test_rules_are_counted_with_samples(write: Write) -> None:
     report = check_files([write([ZH] * 9)])
-    assert report.rules == {"exact_duplicate": 8}
-    assert report.samples["exact_duplicate"] == report.notes[:5]
-    assert json.loads(json.dumps(report.to_dict()))["samples"]["exact_duplicate"][0]["line"] == 2
+    assert report.rules == {"duplicate": 8}
+    assert report.samples["duplicate"] == report.notes[:5]
+    assert json.loads(json.dumps(report.to_dict()))["samples"]["duplicate"][0]["line"] == 2
 
 
 def test_notes_come_in_the_order_of_the_rows(write: Write) -> None:
