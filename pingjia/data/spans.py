@@ -17,8 +17,9 @@ from pingjia.data.span_forms import by_form
 
 KINDS = (
     "code", "url", "email", "placeholder", "quoted", "path", "formula", "sku", "number", "negation", "emoji", "name",
-    "fact",
+    "fact", "material",
 )  # fmt: skip
+_MATERIAL = re.compile(r"(?:：|:(?=\s)|\n)\s*(?P<rest>.*)\Z", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Span:
 
 def protected_spans(text: str, facts: Sequence[str] = ()) -> list[Span]:
     """The pieces of `text` that must survive, in order, without overlaps (overlapping ones are joined)."""
-    found = [*(Span(*form) for form in by_form(text)), *_names(text), *_facts(text, facts)]
+    found = [*(Span(*form) for form in by_form(text)), *_names(text), *_facts(text, facts), *_material(text)]
     return _joined(sorted(found, key=lambda s: (s.start, -s.end)))
 
 
@@ -78,6 +79,13 @@ def _joined(spans: Iterable[Span]) -> list[Span]:
     return joined
 
 
+def _material(text: str) -> Iterator[Span]:
+    """What a task is about stands after its first colon or line break: 概括这段话：..."""
+    match = _MATERIAL.search(text)
+    if match and match["rest"].strip():
+        yield Span(*match.span("rest"), "material")
+
+
 def _facts(text: str, facts: Sequence[str]) -> Iterator[Span]:
     for fact in facts:
         if fact.strip():
@@ -87,6 +95,14 @@ def _facts(text: str, facts: Sequence[str]) -> Iterator[Span]:
 # ---- names
 
 _NAME_TAGS = ("nr", "ns", "nt", "nz", "nrt", "nrfg")
+# Everyday words that jieba's dictionary calls names.
+_NO_NAMES = frozenset(
+    re.findall(
+        r"\w+",
+        "谢谢 多谢 安静 宁静 温馨 美丽 美味 明白 通顺 马虎 宁可 康复 黑屏 换货 贵店 顾客 老公 祖母 玉米 凤梨 西红柿"
+        " 公共汽车 广告语 祝福语 祝词 益处 英勇 阳光 和平 雷达 滤网",
+    )
+)
 _LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]+(?:['’&.-][A-Za-z\u00c0-\u024f]+)*")
 _CAPITALS = re.compile(
     r"(?<![A-Za-z0-9])[A-Z][A-Za-z\u00c0-\u024f]*(?:['’-][A-Za-z]+)*(?:\s(?:(?:of|the|and|de|van|von|al)\s)*[A-Z][A-Za-z\u00c0-\u024f]*(?:['’-][A-Za-z]+)*)*"
@@ -145,7 +161,7 @@ def _is_opener(word: str) -> bool:
 def _chinese_names(text: str) -> Iterator[Span]:
     at = 0
     for word, flag in tagged(text):
-        if flag in _NAME_TAGS and len(word) > 1:
+        if flag in _NAME_TAGS and len(word) > 1 and word not in _NO_NAMES:
             yield Span(at, at + len(word), "name")
         at += len(word)
 

@@ -119,6 +119,16 @@ def test_a_word_that_opens_an_english_sentence_is_no_name() -> None:
     assert _found("Can I return it? How do I pay? Please help. I'm waiting.") == []
 
 
+def test_an_everyday_word_is_no_name() -> None:
+    assert _found("谢谢，这里安静吗，可以换货吗") == []
+
+
+def test_what_a_task_is_about_stands_after_its_colon() -> None:
+    assert _found("概括成两句：旧铁路停运了。") == [("两句", "number"), ("旧铁路停运了。", "material")]
+    assert _found("Sum up:\nIt rains.") == [("It rains.", "material")]
+    assert _found("你好：") == []
+
+
 def test_facts_of_the_row_are_protected() -> None:
     assert ("质保", "fact") in _found("内胆质保多久", "质保")
     assert _found("内胆漏水怎么办", "质保", " ") == []
@@ -152,7 +162,7 @@ def test_a_harmless_change_is_no_breach(before: str, after: str) -> None:
     assert breach(before, protected_spans(before), after) is None
 
 
-_WORDS = "3天 不 没有 张伟 《三体》 KX-200 {name} %s 😀 ， 怎么 退货 x=1 `a` ' \" < [ a@b.cn http:// n't How Apple —— ... / 一下 半"
+_WORDS = "3天 不 没有 张伟 《三体》 KX-200 {name} %s 😀 ， 怎么 退货 x=1 `a` ' \" < [ a@b.cn How Apple —— ... / 半"
 _PIECES = st.sampled_from([*_WORDS.split(), " ", "\n", "\u200d"])
 
 
