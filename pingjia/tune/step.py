@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
 
 from pingjia.errors import TrainingError
 from pingjia.models.attention import PackedSequences
 from pingjia.models.family import Family
+from pingjia.tune.cross_entropy import losses_for_logits
 from pingjia.types import Encoded
 
 
@@ -85,20 +86,23 @@ def build_batch(rows: Sequence[Encoded], family: Family, config: object, device:
 
 
 def summed_loss(model: torch.nn.Module, batch: MicroBatch, *, weighted: bool = True) -> torch.Tensor:
-    """Sum of the cross-entropy (nats) over the learnt tokens; logits exist only where something is learnt.
+    """Sum of the cross-entropy (nats) over the learnt tokens; logits exist only where something is learnt, and only a
+    few at once.
 
     With `weighted`, a token counts as much as the weight of its row says.
     """
-    logits_1KV = model(
-        input_ids=batch.input_ids_1T,
-        position_ids=batch.position_ids,
-        packed=batch.packed,
-        logits_to_keep=batch.keep_K,
-        use_cache=False,
-    ).logits
+    head = extract_model_from_parallel(model).get_output_embeddings()
+    with losses_for_logits(head, batch.target_K):
+        losses_1K = model(
+            input_ids=batch.input_ids_1T,
+            position_ids=batch.position_ids,
+            packed=batch.packed,
+            logits_to_keep=batch.keep_K,
+            use_cache=False,
+        ).logits
     if batch.weight_K is None or not weighted:
-        return F.cross_entropy(logits_1KV[0].float(), batch.target_K, reduction="sum")
-    return F.cross_entropy(logits_1KV[0].float(), batch.target_K, reduction="none") @ batch.weight_K
+        return losses_1K.sum()
+    return losses_1K[0] @ batch.weight_K
 
 
 def update(
