@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
@@ -16,7 +16,9 @@ from typing import Any
 from pingjia.data.script import count_han
 from pingjia.types import Example, Message
 
-KINDS = ("id_card", "bank_card", "phone", "email", "order_number")  # what wins where two kinds overlap comes first
+# Where two kinds overlap the longer one wins, and of equally long ones the first of these: an identity card has a
+# checksum and a date, and what a text calls an order number is one, also when it looks like a phone number.
+KINDS = ("id_card", "order_number", "bank_card", "phone", "email")
 _MASKS = {
     "phone": ("【手机号】", "[PHONE]"),
     "id_card": ("【身份证号】", "[ID CARD]"),
@@ -25,33 +27,6 @@ _MASKS = {
     "order_number": ("【订单号】", "[ORDER NUMBER]"),
 }
 _WIDE = str.maketrans("０１２３４５６７８９－＋＠．　（）ＸxｘX", "0123456789-+@. ()XXXX")
-
-_MOBILE = re.compile(r"(?<![\d.])(?:(?:\+|00)?86[- ]?)?1[3-9]\d[- ]?\d{4}[- ]?\d{4}(?![\d.]?\d)")
-_LANDLINE = re.compile(
-    r"(?<![\d-])(?:0(?:10|2\d|[3-9]\d{2})|\(0(?:10|2\d|[3-9]\d{2})\))[- ]?[2-9]\d{6,7}(?:-\d{1,5})?(?![\d-])"
-)
-_ID18 = re.compile(r"(?<![0-9A-Za-z])[1-9]\d{5}(?:1[89]|20)\d{9}[\dX](?![0-9A-Za-z])")
-_ID15 = re.compile(r"(?<![0-9A-Za-z])[1-8]\d{5}\d{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}(?![0-9A-Za-z])")
-_CARD = re.compile(r"(?<![\d-])(?:\d[ -]?){12,18}\d(?![ -]?\d)")
-_CARD_STARTS = ("62", "4", "51", "52", "53", "54", "55", "34", "37", "35", "36", "6011", "2221", "81")
-_EMAIL = re.compile(
-    r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![A-Za-z0-9])"
-)
-_OFFICE = re.compile(
-    r"(?:help|info|service|support|sales|contact|admin|hr|office|press|no-?reply|kefu|fuwu|postmaster|webmaster)\d*@",
-    re.IGNORECASE,
-)
-_ORDER = re.compile(
-    r"(?:订单(?:编?号|号码)?|单号|运单号?|快递单?号|流水号|交易号"
-    r"|order\s*(?:no\.?|number|id|#)|tracking\s*(?:no\.?|number|id|#)|order\s+(?=#?[A-Za-z]*\d{6}))"
-    r"\s*(?:是|为|is)?\s*[:：#=]?\s*#?(?P<number>(?=[A-Za-z-]{0,8}\d)[A-Za-z0-9][A-Za-z0-9-]{4,31})(?![A-Za-z0-9])",
-    re.IGNORECASE,
-)
-_ID_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
-_ID_CHECKS = "10X98765432"
-_PROVINCES = frozenset(
-    [*range(11, 16), *range(21, 24), *range(31, 38), *range(41, 47), *range(50, 55), *range(61, 66), 71, 81, 82, 83]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +44,10 @@ def find_personal(text: str, kinds: Collection[str] = KINDS) -> list[Personal]:
         return []
     flat = text.translate(_WIDE)  # one character for one, so places stay
     found: list[Personal] = []
-    for kind in KINDS:
-        if kind in kinds:
-            found += [p for p in _FINDERS[kind](flat) if not any(p.start < o.end and o.start < p.end for o in found)]
+    while new := _disjoint(p for kind in KINDS if kind in kinds for p in _FINDERS[kind](flat)):
+        found += new
+        for p in new:  # what touches it can be seen now: 13812345678@qq.com13912345678
+            flat = flat[: p.start] + "】" * (p.end - p.start) + flat[p.end :]
     return sorted(found, key=lambda p: p.start)
 
 
@@ -80,52 +56,79 @@ def _may_hold(text: str) -> bool:
     return "@" in text or "＠" in text or sum(map(str.isdigit, text)) >= 5
 
 
+def _disjoint(found: Iterable[Personal]) -> list[Personal]:
+    kept: list[Personal] = []
+    for p in sorted(found, key=lambda p: (p.start - p.end, KINDS.index(p.kind), p.start)):
+        if not any(p.start < other.end and other.start < p.end for other in kept):
+            kept.append(p)
+    return sorted(kept, key=lambda p: p.start)
+
+
+# ---- masking
+
+
 def mask(text: str, kinds: Collection[str] = KINDS, *, english: bool | None = None) -> tuple[str, Counter[str]]:
     """The text with 【手机号】 or [PHONE] for what is personal, and how many of each kind.
 
     `english` None: English where no Chinese character is in the text. A row has one language for all its texts, so that
     a fact still stands in its answer.
     """
-    found = find_personal(text, kinds)
-    if not found:
-        return text, Counter()
-    english = count_han(text) == 0 if english is None else english
+    total: Counter[str] = Counter()
+    while found := find_personal(text, kinds):  # again, because words and numbers have come closer to each other
+        english = count_han(text) == 0 if english is None else english
+        text = _replaced(text, found, english)
+        total.update(p.kind for p in found)
+    return text, total
+
+
+def _replaced(text: str, found: Iterable[Personal], english: bool) -> str:
     pieces, at = [], 0
     for p in found:
         pieces += [text[at : p.start], _MASKS[p.kind][english]]
         at = p.end
-    return "".join([*pieces, text[at:]]), Counter(p.kind for p in found)
+    return "".join([*pieces, text[at:]])
 
 
 def mask_example(example: Example, kinds: Collection[str] = KINDS) -> tuple[Example, Counter[str]]:
-    """An example with every text masked: turns, facts and reference. The same object when nothing was found."""
-    total: Counter[str] = Counter()
-    english = not any(count_han(m.content) for m in example.messages)
+    """An example with every text masked: turns, facts and reference. The same object when nothing was found.
 
-    def masked(text: str) -> str:
-        result, found = mask(text, kinds, english=english)
-        total.update(found)
-        return result
+    Facts and reference repeat what the turns say; they are not counted.
+    """
+    reference = (example.reference,) if example.reference is not None else ()
+    secrets = _Secrets([*(m.content for m in example.messages), *example.facts, *reference], kinds)
+    if not secrets.are_any:
+        return example, Counter()
+    turns = tuple(_masked_turn(m, secrets) for m in example.messages)
+    count = Counter(p.kind for m in example.messages for p in secrets.find(m.content))
+    facts = tuple(secrets.masked_fact(fact, [m.content for m in example.messages]) for fact in example.facts)
+    masked = replace(
+        example,
+        messages=turns,
+        facts=facts,
+        reference=secrets.masked(reference[0]) if reference else None,
+    )
+    return masked, count
 
-    messages = tuple(_masked_turn(m, masked) for m in example.messages)
-    if not total:
-        return example, total
-    count = total.copy()  # facts and reference repeat what the turns say; they are not counted again
-    facts = tuple(masked(fact) for fact in example.facts)
-    reference = masked(example.reference) if example.reference is not None else None
-    return replace(example, messages=messages, facts=facts, reference=reference), count
 
-
-def _masked_turn(message: Message, masked: Callable[[str], str]) -> Message:
-    text = masked(message.content)
+def _masked_turn(message: Message, secrets: _Secrets) -> Message:
+    text = secrets.masked(message.content)
     return message if text == message.content else replace(message, content=text)
 
 
 def mask_row(row: Mapping[str, Any], kinds: Collection[str] = KINDS) -> dict[str, Any]:
     """A row of a file with every string in it masked, at any depth; keys stay."""
-    english = not any(map(count_han, _strings(row)))
-    masked: dict[str, Any] = _masked_value(dict(row), kinds, english)
+    texts = [*_strings({key: value for key, value in row.items() if key not in _LABELS and key != "facts"})]
+    labels = [*_strings([row.get(key) for key in _LABELS])]
+    secrets = _Secrets([*texts, *_strings(row.get("facts"))], kinds, labels)
+    if not secrets.are_any:
+        return dict(row)
+    masked = {key: _masked_value(value, secrets.masked) for key, value in row.items()}
+    if "facts" in row:
+        masked["facts"] = _masked_value(row["facts"], lambda fact: secrets.masked_fact(fact, texts))
     return masked
+
+
+_LABELS = ("domain", "lang", "topic", "source")  # masked as everything is, but no sign of a row's language
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -136,32 +139,88 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _masked_value(value: Any, kinds: Collection[str], english: bool) -> Any:
+def _masked_value(value: Any, masked: Callable[[str], str]) -> Any:
     if isinstance(value, str):
-        return mask(value, kinds, english=english)[0]
+        return masked(value)
     if isinstance(value, list):
-        return [_masked_value(item, kinds, english) for item in value]
+        return [_masked_value(item, masked) for item in value]
     if isinstance(value, dict):
-        return {key: _masked_value(item, kinds, english) for key, item in value.items()}
+        return {key: _masked_value(item, masked) for key, item in value.items()}
     return value
+
+
+class _Secrets:
+    """What is personal in any text of a row is masked in all its texts.
+
+    An order number is known by the words before it, which a fact or a later turn need not have.
+    """
+
+    def __init__(self, texts: Collection[str], kinds: Collection[str], labels: Collection[str] = ()) -> None:
+        self._kinds = kinds
+        self._known = {t[p.start : p.end]: p.kind for t in (*texts, *labels) for p in find_personal(t, kinds)}
+        self._english = not any(map(count_han, texts)) if self._known else False
+
+    @property
+    def are_any(self) -> bool:
+        return bool(self._known)
+
+    def find(self, text: str) -> list[Personal]:
+        again = (
+            Personal(match.start(), match.end(), kind)
+            for secret, kind in self._known.items()
+            for match in re.finditer(rf"(?<![0-9A-Za-z]){re.escape(secret)}(?![0-9A-Za-z])", text)
+        )
+        return _disjoint([*find_personal(text, self._kinds), *again])
+
+    def masked(self, text: str) -> str:
+        return mask(_replaced(text, self.find(text), self._english), self._kinds, english=self._english)[0]
+
+    def masked_fact(self, fact: str, texts: Collection[str]) -> str:
+        """A fact that is a part of something personal (the last digits of a number) becomes its mask: otherwise it
+        would stand in no answer any more."""
+        kind = next((kind for secret, kind in self._known.items() if fact and fact in secret), None)
+        is_gone = kind is not None and not any(fact in self.masked(text) for text in texts)
+        return _MASKS[kind][self._english] if kind is not None and is_gone else self.masked(fact)
 
 
 # ---- one finder per kind, over text whose digits are ASCII
 
+_MOBILE = re.compile(
+    r"(?<![\d.])(?:(?:\((?:\+|00)?86\)|(?:\+|00)?86)[- ]?)?1[3-9]\d[- ]?\d{4}[- ]?\d{4}(?![\d.]?\d)(?![A-Za-z_])"
+)
+_BEFORE_MOBILE = re.compile(r"[A-Za-z_]+\Z")
+_CALLS = frozenset(["call", "cell", "mob", "mobile", "phone", "tel", "v", "vx", "wechat", "weixin", "whatsapp", "wx"])
+_LANDLINE = re.compile(
+    r"(?<![\d.-])(?:(?:\+|00)86[- ]?(?:10|2\d|[3-9]\d{2})|0(?:10|2\d|[3-9]\d{2})|\(0(?:10|2\d|[3-9]\d{2})\))"
+    r"[- ]?[2-9]\d{2,3}[- ]?\d{4}(?:(?:-|转| ?ext\.? ?)\d{1,5})?(?![\d-]|\.\d)(?![A-Za-z_])"
+)
+
 
 def _phones(text: str) -> Iterator[Personal]:
-    for pattern in (_MOBILE, _LANDLINE):
-        for match in pattern.finditer(text):
+    for match in _MOBILE.finditer(text):
+        before = _BEFORE_MOBILE.search(text, max(0, match.start() - 12), match.start())
+        if before is None or before.group().lower() in _CALLS:  # SN13812345678 is the number of a thing
             yield Personal(match.start(), match.end(), "phone")
+    for match in _LANDLINE.finditer(text):
+        yield Personal(match.start(), match.end(), "phone")
+
+
+_ID18 = re.compile(r"(?<!\d)[1-9]\d{5}[ -]?(?:1[89]|20)\d{6}[ -]?\d{3}[\dX](?![0-9A-Za-z])")
+_ID15 = re.compile(r"(?<!\d)[1-8]\d{5}\d{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}(?![0-9A-Za-z])")
+_ID_WORD = re.compile(r"身份证(?!号】)|证件号|居民证|\b(?:id|identity)\s*(?:card(?!\])|no|number)", re.IGNORECASE)
+_ID_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
+_ID_CHECKS = "10X98765432"
+_PROVINCES = frozenset(
+    [*range(11, 16), *range(21, 24), *range(31, 38), *range(41, 47), *range(50, 55), *range(61, 66), 71, 81, 82, 83]
+)
 
 
 def _id_cards(text: str) -> Iterator[Personal]:
     for match in _ID18.finditer(text):
-        if is_id_card(match.group()):
+        if is_id_card(re.sub("[ -]", "", match.group())):
             yield Personal(match.start(), match.end(), "id_card")
-    for match in _ID15.finditer(text):
-        digits = match.group()
-        if int(digits[:2]) in _PROVINCES and _is_date(1900 + int(digits[6:8]), digits[8:10], digits[10:12]):
+    for match in _ID15.finditer(text):  # no check digit: one number of 15 digits in 60 looks like it, so words decide
+        if _is_old_id_card(match.group()) and _ID_WORD.search(text, max(0, match.start() - 20), match.start()):
             yield Personal(match.start(), match.end(), "id_card")
 
 
@@ -172,6 +231,10 @@ def is_id_card(number: str) -> bool:
     return int(number[:2]) in _PROVINCES and born and _ID_CHECKS[total % 11] == number[17]
 
 
+def _is_old_id_card(digits: str) -> bool:
+    return int(digits[:2]) in _PROVINCES and _is_date(1900 + int(digits[6:8]), digits[8:10], digits[10:12])
+
+
 def _is_date(year: int, month: str, day: str) -> bool:
     try:
         date(year, int(month), int(day))
@@ -180,11 +243,39 @@ def _is_date(year: int, month: str, day: str) -> bool:
     return True
 
 
+_CARD = re.compile(
+    r"(?<![0-9A-Za-z.])(?<!\d[ -])"
+    r"(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{1,4}(?:\1\d{1,3})?|3[47]\d{2}([ -])\d{6}\2\d{5})"
+    r"(?![0-9A-Za-z]|\.\d)"
+)
+_CARD_WORD = re.compile(r"卡(?!号】)|\bcard(?!\])|\bvisa", re.IGNORECASE)
+
+
 def _bank_cards(text: str) -> Iterator[Personal]:
     for match in _CARD.finditer(text):
-        digits = re.sub(r"\D", "", match.group())
-        if digits.startswith(_CARD_STARTS) and 13 <= len(digits) <= 19 and is_luhn(digits):
-            yield Personal(match.start(), match.end(), "bank_card")
+        whole = match.group()
+        for form in (whole, re.sub(r"[ -]\d{1,3}\Z", "", whole)):  # 4111 1111 1111 1111 2件: the last is no part of it
+            digits = re.sub(r"\D", "", form)
+            if _is_card_number(digits) and is_luhn(digits):
+                is_short = len(digits) == 13  # as long as the number of a barcode
+                if is_short and not _CARD_WORD.search(text, max(0, match.start() - 20), match.start()):
+                    continue
+                yield Personal(match.start(), match.start() + len(form), "bank_card")
+                break
+
+
+def _is_card_number(digits: str) -> bool:
+    """Whether a number is as long as its first digits ask for: UnionPay, Visa, Mastercard, Amex, JCB, Diners."""
+    return any(len(digits) in lengths and digits.startswith(starts) for starts, lengths in _CARD_FORMS)
+
+
+_CARD_FORMS: tuple[tuple[tuple[str, ...], Collection[int]], ...] = (
+    (("62", "81", "9558", "9559", "60", "68", "69"), range(16, 20)),
+    (("4",), (13, 16, 18, 19)),
+    (("51", "52", "53", "54", "55", *map(str, range(2221, 2721)), "35", "65"), (16,)),
+    (("34", "37"), (15,)),
+    (("30", "36", "38"), (14,)),
+)
 
 
 def is_luhn(digits: str) -> bool:
@@ -193,15 +284,39 @@ def is_luhn(digits: str) -> bool:
     return (sum(map(int, digits[-1::-2])) + sum(d - 9 if d > 9 else d for d in doubled)) % 10 == 0
 
 
+_EMAIL = re.compile(
+    r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![A-Za-z0-9])"
+)
+_OFFICE = re.compile(
+    r"(?:help|info|service|support|sales|contact|admin|hr|office|press|no-?reply|kefu|fuwu|postmaster|webmaster|git)"
+    r"\d*@",
+    re.IGNORECASE,
+)
+
+
 def _emails(text: str) -> Iterator[Personal]:
     for match in _EMAIL.finditer(text):
         if not _OFFICE.match(match.group()):
             yield Personal(match.start(), match.end(), "email")
 
 
+_ORDER = re.compile(
+    r"(?:(?P<bare>订单)(?:(?:编?号|号码)(?P<named>))?|(?<!菜)单号|运单号?|流水号|交易号"
+    r"|order\s*(?:no\.?|number|id|#)|tracking\s*(?:no\.?|number|id|#)|order\s+(?=#?[A-Za-z]*\d{6}))"
+    r"\s*(?:是|为|is)?\s*[:：#=]?\s*[#【“\"'(\[]?"
+    r"(?P<number>(?=[A-Za-z-]{0,8}\d)[A-Za-z0-9][A-Za-z0-9-]{5,31})(?![A-Za-z0-9])",
+    re.IGNORECASE,
+)
+_AMOUNT = re.compile(r"\s*[元块万件个笔份台年月%％]")
+
+
 def _order_numbers(text: str) -> Iterator[Personal]:
     for match in _ORDER.finditer(text):
-        yield Personal(match.start("number"), match.end("number"), "order_number")
+        number = match["number"]
+        is_named = match["bare"] is None or match["named"] is not None
+        is_day = len(number) == 8 and number.isdigit() and _is_date(int(number[:4]), number[4:6], number[6:])
+        if sum(map(str.isdigit, number)) >= 5 and not _AMOUNT.match(text, match.end()) and (is_named or not is_day):
+            yield Personal(match.start("number"), match.end("number"), "order_number")
 
 
 _FINDERS: Mapping[str, Callable[[str], Iterator[Personal]]] = {
