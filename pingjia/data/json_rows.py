@@ -137,7 +137,10 @@ class _Splitter:
     JSON forbids, ends the string: after a lost quote the cutting is right again from one of the next lines on.
     """
 
-    _MARKS = re.compile(r'\\.|["\[\]{},\n]', re.DOTALL)
+    # What has no meaning for the cutting is passed over at once: whole strings too, where they end in the text at hand.
+    _INSIDE_STRING = re.compile(r'(?:[^"\\\n]++|\\.)*+', re.DOTALL)
+    _BETWEEN_ELEMENTS = re.compile(r'(?:[^"\\\[\]{},]++|\\.|"(?:[^"\\\n]++|\\.)*+")*+', re.DOTALL)
+    _INSIDE_ELEMENT = re.compile(r'(?:[^"\\\[\]{}]++|\\.|"(?:[^"\\\n]++|\\.)*+")*+', re.DOTALL)
 
     def __init__(self) -> None:
         self.is_over = False  # the array was closed
@@ -151,24 +154,33 @@ class _Splitter:
 
     def split(self, stretches: Iterator[str]) -> Iterator[_Element]:
         for text in stretches:
-            start = 0
-            for mark in self._MARKS.finditer(text):
-                border = self._follow(mark.group(), text, mark.start())
-                if border:
-                    self._hold(text[start : mark.start()])
-                    start = mark.end() if mark.group() == border else mark.start()
+            start, at = 0, self._pass(text, 0)
+            while at < len(text):
+                if border := self._follow(text[at], text, at):
+                    self._hold(text[start:at])
+                    start = at + (text[at] == border)
                     if element := self._take(border):
                         yield element
+                at = self._pass(text, at + 1)
             self._hold(text[start:])
         rest = self._element(is_closed=False)
         if rest.text.strip() or not self.is_over:
             self.num_elements += 1
             yield rest
 
+    def _pass(self, text: str, at: int) -> int:
+        """The place of the next character that may matter."""
+        if self.is_over:
+            return len(text)
+        if self._in_string:
+            pattern = self._INSIDE_STRING
+        else:
+            pattern = self._INSIDE_ELEMENT if self._depth > 1 else self._BETWEEN_ELEMENTS
+        found = pattern.match(text, at)
+        return found.end() if found else at
+
     def _follow(self, mark: str, text: str, at: int) -> str:
         """Keep track of strings and brackets; the mark itself when it is a border of elements, else nothing."""
-        if self.is_over:
-            return ""
         if self._in_string:
             self._in_string = mark not in ('"', "\n")
             return self._mend(text[max(0, at - 100) : at].rstrip()) if mark == "\n" else ""
