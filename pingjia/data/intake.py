@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -117,6 +118,15 @@ def chunks_of(rows: Iterable[RawRow], size: int = CHUNK_ROWS) -> Iterator[Chunk]
             held, number = [], number + 1
     if held:
         yield Chunk(number, tuple(held))
+
+
+def made_chunks(examples: Iterable[Example], size: int = CHUNK_ROWS) -> Iterator[Chunk]:
+    """Examples that were made, as chunks."""
+    made = iter(examples)
+    for number in itertools.count():
+        if not (held := tuple(itertools.islice(made, size))):
+            return
+        yield Chunk(number, made=held)
 
 
 # ---- what a work directory belongs to

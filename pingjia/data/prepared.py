@@ -16,8 +16,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,30 +25,46 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pingjia import chat
-from pingjia.data.domains import DomainRules, load_rules
+from pingjia.data.augment import AugmentCounts, Filters, Maker, augment, question
+from pingjia.data.domains import DomainRules, cluster, load_rules
+from pingjia.data.duplicates import text_digest
 from pingjia.data.files import fingerprint
-from pingjia.data.intake import belongs, digest, open_work, take_in
+from pingjia.data.histogram import Histogram
+from pingjia.data.intake import belongs, digest, made_chunks, open_work, store, take_in
+from pingjia.data.layouts import parse_row
 from pingjia.data.parts import Line, Parts, dump
 from pingjia.data.pool import Pool
 from pingjia.data.problems import Finding, Problem
+from pingjia.data.quality import Comparison, Pair, judge_pairs
 from pingjia.data.record import Plan
-from pingjia.data.settings import DataSettings, PrepareSettings
-from pingjia.data.shares import DomainPlan, SharePlan, plan_domains
+from pingjia.data.report import DataReport, Scores, load_report
+from pingjia.data.report_page import render_page
+from pingjia.data.settings import BackTranslationSettings, DataSettings, PrepareSettings
+from pingjia.data.shares import DomainPlan, plan_domains
+from pingjia.data.synonyms import Synonyms
 from pingjia.data.table import Table, assemble
-from pingjia.data.verdicts import (
-    Verdicts,
-    apply_domains,
-    finding_of,
-    judge_duplicates,
-    judge_share,
-)
+from pingjia.data.tally import Tally, empty_report
+from pingjia.data.verdicts import KEPT, Verdicts, apply_domains, finding_of, judge_duplicates, judge_share
 from pingjia.errors import DataError, StorageError
+from pingjia.similarity import TextEncoder
+from pingjia.types import Example
 
 TRAIN, REJECTED, CHANGED = "train.jsonl", "rejected.jsonl", "changed.jsonl"
 REPORT, PAGE = "report.json", "report.html"
 OUTPUTS = (TRAIN, REJECTED, CHANGED, PAGE, REPORT)
 WORK = ".work"
 _MANY_ROUNDS = 8
+_MANY_SHOWN = 200
+
+
+class Tools:
+    """The networks that a job may need, by name. This one has none; the command line brings real ones."""
+
+    def encoder(self, name: str, layer: int | None) -> TextEncoder:
+        raise DataError(f"prepare.quality needs the encoder {name!r}, and none can be loaded here")
+
+    def back_translation(self, settings: BackTranslationSettings) -> Maker:
+        raise DataError("prepare.augment.back_translation needs translators, and none can be loaded here")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,37 +75,17 @@ class Job:
     settings: PrepareSettings
     model: str
     out: Path
+    tools: Tools = field(default_factory=Tools)
     on_stage: Callable[[str], None] = lambda name: None
     on_rows: Callable[[int], None] = lambda count: None
 
 
 @dataclass(slots=True)
 class Prepared:
-    """What became of the rows. `reasons` counts records that are left out, by rule."""
+    """What came of a job. `was_finished`: an earlier call had done it all."""
 
-    num_rows: int = 0
-    num_kept: int = 0
-    num_written: int = 0
-    num_rejected: int = 0
-    num_changed: int = 0
-    num_made: int = 0
-    num_other_domains: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    personal: dict[str, int] = field(default_factory=dict)
-    share: SharePlan | None = None
-    domains: DomainPlan | None = None
-    seconds: float = 0.0
+    report: DataReport
     was_finished: bool = False
-
-
-def read_report(out: Path) -> dict[str, Any] | None:
-    """report.json of a prepared data set, or None."""
-    try:
-        report: dict[str, Any] = json.loads((out / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return report
 
 
 def prepare(job: Job) -> Prepared:
@@ -110,37 +106,49 @@ class _Preparation:
         self._rows = Parts(self._work / "rows")
         self._made = Parts(self._work / "made")
         self._held_out = Parts(self._work / "held_out")
-        self._result = Prepared()
+        self._tokenizer = chat.load_tokenizer(job.model)
+        self._originals: dict[str, str] = {}
 
     def run(self) -> Prepared:
         started = time.perf_counter()
         inputs = self._inputs()
-        if self._is_finished(inputs):
-            return Prepared(was_finished=True)
+        if (finished := self._finished(inputs)) is not None:
+            return Prepared(finished, was_finished=True)
         open_work(self._work, inputs)
+        self._tally = Tally(empty_report(self._job.data, self._settings, self._job.model, digest(inputs)))
         self._read()
         table = assemble([self._rows], self._work / "table")
         held_out = assemble([self._held_out], self._work / "held_out_table")
         verdicts = Verdicts.of(table)
-        self._judge(table, held_out, verdicts)
-        self._balance(table, verdicts)
-        self._write(table, held_out, verdicts)
-        self._result.seconds = time.perf_counter() - started
+        self._tally.stage("read", len(table), len(table))
+        with self._stage("rows", verdicts, num_in=len(table)):
+            pass  # every row was judged as it was read
+        with self._stage("duplicates", verdicts):
+            judge_duplicates(table, verdicts, held_out, self._settings.duplicates)
+        with self._stage("quality", verdicts, shown=self._compares()):
+            self._judge_quality(verdicts)
+        table, verdicts = self._augment(table, verdicts, held_out)
+        self._group(table, verdicts)
+        with self._stage("shares", verdicts):
+            self._balance(table, verdicts)
+        self._tally.columns(table, verdicts)
+        self._write(table, held_out, verdicts, started)
         shutil.rmtree(self._work, ignore_errors=True)
-        return self._result
+        return Prepared(self._tally.report)
 
-    def _is_finished(self, inputs: dict[str, Any]) -> bool:
-        """Whether `out` holds the result of this very job. DataError when it holds anything else by those names."""
-        report = read_report(self._job.out)
-        if report is not None and report.get("inputs") == digest(inputs):
-            return True
-        there = [name for name in OUTPUTS if (self._job.out / name).exists()]
+    def _finished(self, inputs: dict[str, Any]) -> DataReport | None:
+        """The report, if `out` holds the result of this very job. DataError when it holds anything else."""
+        out = self._job.out
+        report = load_report(out / REPORT)
+        if report is not None and report.inputs == digest(inputs) and (out / TRAIN).is_file():
+            return report
+        there = [name for name in OUTPUTS if (out / name).exists()]
         if there and not belongs(self._work, inputs):  # of this job they are half of a result: a kill while renaming
             raise DataError(
-                f"{self._job.out / there[0]} exists already and is not the result of these inputs; choose another "
-                "directory, or remove it first"
+                f"{out / there[0]} exists already and is not the result of these inputs; choose another directory, or "
+                "remove it first"
             )
-        return False
+        return None
 
     def _inputs(self) -> dict[str, Any]:
         """Everything that decides the result."""
@@ -152,22 +160,35 @@ class _Preparation:
             "rules": fingerprint([rules]) if rules else None,
             "data": job.data.model_dump(mode="json"),
             "settings": job.settings.model_dump(mode="json", exclude={"engine", "processes"}),
-            "template": chat.load_tokenizer(job.model).template_digest,
+            "template": self._tokenizer.template_digest,
             "model": job.model,
         }
+
+    @contextmanager
+    def _stage(self, name: str, verdicts: Verdicts, *, num_in: int | None = None, shown: bool = True) -> Iterator[None]:
+        """Tell that a stage begins, and note how many records it left."""
+        before = int(verdicts.alive().sum()) if num_in is None else num_in
+        if shown:
+            self._job.on_stage(name)
+        yield
+        if shown:
+            self._tally.stage(name, before, int(verdicts.alive().sum()))
 
     # ---- reading
 
     def _read(self) -> None:
         job = self._job
-        plan = self._plan(job.data.domains)
-        pool = Pool(self._settings.engine, self._settings.processes, self._work / "staging")
+        pool = self._pool()
         job.on_stage("read")
-        take_in(job.data.dataset, plan, pool, self._rows, on_rows=job.on_rows, on_note=self._note)
+        take_in(
+            job.data.dataset, self._plan(job.data.domains), pool, self._rows, on_rows=job.on_rows, on_note=self._note
+        )
         if job.data.eval_dataset:
-            job.on_stage("held-out rows")
             held_out = self._plan(None, lenient=True)
             take_in(job.data.eval_dataset, held_out, pool, self._held_out, on_rows=job.on_rows, on_note=self._note)
+
+    def _pool(self) -> Pool:
+        return Pool(self._settings.engine, self._settings.processes, self._work / "staging")
 
     def _plan(self, domains: list[str] | None, *, lenient: bool = False) -> Plan:
         """`lenient`: for held-out rows, which are only compared with: none is left out for what it says."""
@@ -177,22 +198,148 @@ class _Preparation:
         return Plan(self._job.model, self._job.data.cutoff_len, settings, names, loaded, lenient)
 
     def _note(self, problem: Problem) -> None:
-        self._result.notes.append(str(problem))
+        self._tally.report.notes.append(str(problem))
 
-    # ---- deciding
+    def _alive(self, verdicts: Verdicts) -> Iterator[tuple[int, Example]]:
+        """(number, example) of every record of the files that is kept so far."""
+        for row, line in enumerate(self._rows.all_lines()):
+            if verdicts.code[row] == KEPT and isinstance(line.row, dict):
+                example = parse_row(line.row, line.where).example
+                assert example is not None
+                yield row, example
 
-    def _judge(self, table: Table, held_out: Table, verdicts: Verdicts) -> None:
-        self._job.on_stage("duplicates")
-        judge_duplicates(table, verdicts, held_out, self._settings.duplicates)
+    # ---- quality
+
+    def _compares(self) -> bool:
+        return self._settings.quality.reference is not None or self._settings.quality.relevance is not None
+
+    def _encoder(self) -> TextEncoder:
+        quality = self._settings.quality
+        return self._job.tools.encoder(quality.encoder, quality.layer)
+
+    def _judge_quality(self, verdicts: Verdicts) -> None:
+        quality = self._settings.quality
+        if quality.reference is not None:
+            pairs = (Pair(r, e.response, e.reference) for r, e in self._alive(verdicts) if e.reference is not None)
+            self._compare("reference", pairs, quality.reference, verdicts)
+        if quality.relevance is not None:
+            pairs = (Pair(r, e.response, e.messages[-2].content) for r, e in self._alive(verdicts))
+            self._compare("relevance", pairs, quality.relevance, verdicts)
+
+    def _compare(self, name: Comparison, pairs: Iterator[Pair], threshold: float, verdicts: Verdicts) -> None:
+        scores = Scores(threshold, Histogram.even(0, 1, 50))
+        # All scores before the first verdict: `_alive` must not see a row vanish while it is being read.
+        judged = list(judge_pairs(pairs, self._encoder(), name, threshold))
+        for one in judged:
+            scores.histogram.add([one.f1])
+            if one.finding is not None:
+                scores.num_below += 1
+                verdicts.reject_for(one.row, one.finding)
+        self._tally.report.quality[name] = scores
+
+    # ---- augmentation
+
+    def _augment(self, table: Table, verdicts: Verdicts, held_out: Table) -> tuple[Table, Verdicts]:
+        """Make rows from the kept ones; they pass the same checks. The table with them, and the longer verdicts."""
+        settings = self._settings.augment
+        makers = self._makers()
+        if not makers:
+            return table, verdicts
+        self._job.on_stage("augment")
+        counts = AugmentCounts()
+        made = augment(
+            self._remembered(verdicts),
+            settings,
+            makers,
+            self._settings.seed,
+            filters=self._filters(held_out),
+            counts=counts,
+        )
+        store(made_chunks(self._shown(made)), self._plan(None), Pool(), self._made, on_rows=lambda count: None)
+        longer = assemble([self._rows, self._made], self._work / "table")
+        grown = verdicts.grown(longer)
+        before = int(verdicts.alive().sum())
+        judge_duplicates(longer, grown, held_out, self._settings.duplicates, first=len(table))
+        self._tally.augmented(counts, int(grown.alive()[len(table) :].sum()))
+        self._tally.stage("augment", before, int(grown.alive().sum()))
+        return longer, grown
+
+    def _makers(self) -> dict[str, Maker]:
+        augment, makers = self._settings.augment, dict[str, Maker]()
+        if augment.synonyms.ratio > 0:
+            makers["synonyms"] = Synonyms(augment.synonyms.replace)
+        if augment.back_translation.ratio > 0:
+            makers["back_translation"] = self._job.tools.back_translation(augment.back_translation)
+        return makers
+
+    def _filters(self, held_out: Table) -> Filters:
+        questions = np.sort(np.asarray(held_out.signatures.question))
+        threshold = self._settings.quality.augmented
+        similarity = self._similarity(threshold) if threshold is not None else None
+        return Filters(lambda text: _is_in(text_digest(text), questions), similarity, threshold)
+
+    def _similarity(self, threshold: float) -> Callable[[Sequence[tuple[str, str]]], list[float]]:
+        scores = Scores(threshold, Histogram.even(0, 1, 50))
+        self._tally.report.quality["augmented"] = scores
+        encoder = self._encoder()
+
+        def similarity(pairs: Sequence[tuple[str, str]]) -> list[float]:
+            judged = judge_pairs(
+                (Pair(i, new, old) for i, (new, old) in enumerate(pairs)), encoder, "augmented", threshold
+            )
+            found = [one.f1 for one in judged]
+            scores.histogram.add(found)
+            scores.num_below += sum(f1 < threshold for f1 in found)
+            return found
+
+        return similarity
+
+    def _remembered(self, verdicts: Verdicts) -> Iterator[Example]:
+        """The kept examples; the questions of the first are remembered, to be shown beside what is made of them."""
+        for _, example in self._alive(verdicts):
+            if len(self._originals) < _MANY_SHOWN:
+                self._originals[example.where] = question(example)
+            yield example
+
+    def _shown(self, made: Iterator[Example]) -> Iterator[Example]:
+        """Pass made rows on, and show the first of them in the report."""
+        for example in made:
+            if example.augmented_from in self._originals:
+                self._tally.made(self._originals[example.augmented_from], question(example))
+            yield example
+
+    # ---- domains and shares
+
+    def _group(self, table: Table, verdicts: Verdicts) -> None:
+        """Domains by meaning for the kept records that have none."""
+        num_clusters = self._settings.domains.clusters
+        rows = np.flatnonzero(verdicts.alive() & (table.columns_R["domain"] == 0))
+        if num_clusters is None or not len(rows):
+            return
+        self._job.on_stage("domains")
+        wanted = set(rows.tolist())
+
+        def texts() -> Iterator[str]:
+            for row, line in enumerate(self._lines()):
+                if row in wanted and isinstance(line.row, dict):
+                    example = parse_row(line.row, line.where).example
+                    assert example is not None
+                    yield question(example)
+
+        found = cluster(texts, len(rows), self._encoder().sentence_vectors, num_clusters, self._settings.seed)
+        first = len(table.domains)
+        table.domains.extend(found.names)
+        table.columns_R["domain"][rows] = first + found.label
+        self._grouped_from = first
+
+    _grouped_from: int | None = None
 
     def _balance(self, table: Table, verdicts: Verdicts) -> None:
         """Language share and domain shares, in turns until both hold: each moves the other."""
-        self._job.on_stage("shares")
-        wanted = self._settings.domains
+        wanted, has_domains = self._settings.domains, False
         for _ in range(_MANY_ROUNDS):
             share = judge_share(table, verdicts, self._settings.languages)
-            self._result.share = self._result.share or share
-            if wanted.target is None or (self._result.domains is not None and not (share and share.num_dropped)):
+            if wanted.target is None or (has_domains and not (share and share.num_dropped)):
                 return
             rows = np.flatnonzero(verdicts.alive())
             plan = plan_domains(
@@ -202,29 +349,30 @@ class _Preparation:
                 max_repeat=wanted.max_repeat,
                 seed=self._settings.seed,
             )
-            self._result.domains = self._result.domains or plan
+            if not plan.is_reached:
+                self._tally.report.notes.append(_not_reached(plan, wanted.max_repeat))
+            has_domains = True
             apply_domains(rows, verdicts, plan)
         raise DataError("min_zh_share and domains.target cannot both be met by leaving rows out; ease one of them")
 
     # ---- writing
 
-    def _write(self, table: Table, held_out: Table, verdicts: Verdicts) -> None:
+    def _write(self, table: Table, held_out: Table, verdicts: Verdicts, started: float) -> None:
         self._job.on_stage("write")
-        out = self._job.out
+        out, report = self._job.out, self._tally.report
         try:
             with ExitStack() as stack:
                 files = {n: stack.enter_context(open(self._work / n, "wb")) for n in (TRAIN, REJECTED, CHANGED)}
                 for row, line in enumerate(self._lines()):
                     self._write_row(row, line, files, table, held_out, verdicts)
-            self._write_report(table, verdicts)
+            report.num_rows = len(table)
+            report.seconds = round(time.perf_counter() - started, 3)
+            (self._work / PAGE).write_text(render_page(report), encoding="utf-8")
+            (self._work / REPORT).write_text(json.dumps(report.to_dict(), ensure_ascii=False), encoding="utf-8")
             for name in OUTPUTS:  # the report, which says that all is done, last
                 os.replace(self._work / name, out / name)
         except OSError as e:
             raise StorageError(f"{out}: the rows could not be written: {e.strerror or e}") from None
-
-    def _write_report(self, table: Table, verdicts: Verdicts) -> None:
-        (self._work / REPORT).write_text(json.dumps({"inputs": digest(self._inputs())}), encoding="utf-8")
-        (self._work / PAGE).write_text("", encoding="utf-8")
 
     def _lines(self) -> Iterator[Line]:
         yield from self._rows.all_lines()
@@ -233,37 +381,45 @@ class _Preparation:
     def _write_row(
         self, row: int, line: Line, files: Mapping[str, BinaryIO], table: Table, held_out: Table, verdicts: Verdicts
     ) -> None:
-        result = self._result
-        result.num_rows += 1
-        for kind, count in line.personal.items():
-            result.personal[kind] = result.personal.get(kind, 0) + count
+        self._tally.personal(line)
         finding = finding_of(row, verdicts, table, held_out)
         faults = line.faults or ((finding,) if finding is not None else ())
         if faults:
-            self._reject(line, faults, files[REJECTED])
+            self._tally.reject(line, faults[0])
+            if faults[0].rule != "other_domain":
+                files[REJECTED].write(_rejected(line, faults))
             return
-        result.num_kept += 1
-        times, weight = int(verdicts.times[row]), float(verdicts.weight[row])
-        value = line.row if weight == 1 else {**_row(line), "weight": round(weight, 6)}
-        files[TRAIN].write(dump(value) * times)
-        result.num_written += times
+        times = int(verdicts.times[row])
+        files[TRAIN].write(dump(self._value(row, line, table, verdicts)) * times)
+        self._tally.keep(line, times)
+        self._tally.example(line, self._tokenizer)
         if line.changes:
-            result.num_changed += 1
             changes = [f"{f.field}: {f.reason}" for f in line.changes]
             files[CHANGED].write(dump({"where": line.where, "changes": changes, "row": line.original}))
 
-    def _reject(self, line: Line, faults: tuple[Finding, ...], file: BinaryIO) -> None:
-        result, rule = self._result, faults[0].rule
-        if rule == "other_domain":
-            result.num_other_domains += 1
-            return
-        result.num_rejected += 1
-        result.reasons[rule] = result.reasons.get(rule, 0) + 1
-        reasons = [f"{f.field}: {f.reason}" for f in faults]
-        row = line.row if line.original is None else line.original
-        file.write(dump({"where": line.where, "rules": [f.rule for f in faults], "reasons": reasons, "row": row}))
+    def _value(self, row: int, line: Line, table: Table, verdicts: Verdicts) -> dict[str, Any]:
+        """The row to train on, with its weight and the domain it was grouped into."""
+        assert isinstance(line.row, dict)
+        value, weight, domain = line.row, float(verdicts.weight[row]), int(table.columns_R["domain"][row])
+        if weight != 1:
+            value = {**value, "weight": round(weight * float(value.get("weight", 1)), 6)}
+        if self._grouped_from is not None and domain >= self._grouped_from:
+            value = {**value, "domain": table.domains[domain]}
+        return value
 
 
-def _row(line: Line) -> dict[str, Any]:
-    assert isinstance(line.row, dict)
-    return line.row
+def _rejected(line: Line, faults: Sequence[Finding]) -> bytes:
+    row = line.row if line.original is None else line.original
+    reasons = [f"{f.field}: {f.reason}" for f in faults]
+    return dump({"where": line.where, "rules": [f.rule for f in faults], "reasons": reasons, "row": row})
+
+
+def _is_in(value: int, ordered: np.ndarray) -> bool:
+    at = int(np.searchsorted(ordered, np.uint64(value)))
+    return at < len(ordered) and int(ordered[at]) == value
+
+
+def _not_reached(plan: DomainPlan, max_repeat: int) -> str:
+    short = [row for row in plan.table if row.share_after < row.share_wanted]
+    told = ", ".join(f"{row.name} {row.share_after:.1%} of {row.share_wanted:.1%}" for row in short[:5])
+    return f"domains below their shares, with max_repeat {max_repeat}: {told}"

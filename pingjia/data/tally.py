@@ -1,0 +1,145 @@
+"""Counting what the report shows, while the rows are written."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from pingjia.chat.tokenizer import Tokenizer
+from pingjia.data.augment import AugmentCounts
+from pingjia.data.encode import encode_example
+from pingjia.data.files import resolve
+from pingjia.data.histogram import Histogram
+from pingjia.data.layouts import parse_row
+from pingjia.data.parts import Line
+from pingjia.data.personal import mask
+from pingjia.data.problems import Finding, Problem
+from pingjia.data.report import MAX_SAMPLES, DataReport, Rule, Sample, Share, Stage, render_example, shorten
+from pingjia.data.settings import DataSettings, PrepareSettings
+from pingjia.data.table import Table
+from pingjia.data.verdicts import Verdicts
+
+_NUM_BINS = 48
+_NUM_EXAMPLES = 3
+
+
+def empty_report(data: DataSettings, settings: PrepareSettings, model: str, inputs: str) -> DataReport:
+    """A report that knows what is asked for, and nothing yet of what came of it."""
+    names = [*data.dataset, *data.eval_dataset]
+    return DataReport(
+        title=", ".join(name.rsplit("/", 1)[-1] for name in data.dataset),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        files=[(name, resolve(name).stat().st_size) for name in names],
+        model=model,
+        cutoff_len=data.cutoff_len,
+        settings=settings.model_dump(mode="json"),
+        min_zh_share=settings.languages.min_zh_share,
+        inputs=inputs,
+    )
+
+
+class Tally:
+    """Adds what happens to a report."""
+
+    def __init__(self, report: DataReport) -> None:
+        self.report = report
+
+    # ---- one record at a time
+
+    def reject(self, line: Line, finding: Finding) -> None:
+        if finding.rule == "other_domain":
+            self.report.num_other_domains += 1
+            return
+        self.report.num_rejected += 1
+        _add(self.report.rejects, line, finding)
+
+    def keep(self, line: Line, times: int) -> None:
+        report = self.report
+        report.num_kept += 1
+        report.num_written += times
+        report.num_changed += bool(line.changes)
+        for finding in line.changes:
+            _add(report.changes, line, finding)
+
+    def personal(self, line: Line) -> None:
+        for kind, count in line.personal.items():
+            self.report.personal[kind] = self.report.personal.get(kind, 0) + count
+
+    def made(self, old: str, new: str) -> None:
+        """Show a made question beside the one it was made from, for the first few."""
+        if len(self.report.made_samples) < MAX_SAMPLES:
+            self.report.made_samples.append((mask(old)[0], mask(new)[0]))
+
+    def augmented(self, counts: AugmentCounts, num_kept: int) -> None:
+        self.report.num_made = num_kept
+        self.report.made = dict(counts.made)
+        for maker, refused in counts.refused.items():
+            for rule, count in refused.items():
+                self.report.refused[f"{maker}: {rule}"] = count
+
+    # ---- all records at once
+
+    def stage(self, name: str, num_in: int, num_out: int) -> None:
+        self.report.stages.append(Stage(name, num_in, num_out))
+
+    def columns(self, table: Table, verdicts: Verdicts) -> None:
+        """Lengths, languages, domains and the share of Chinese, before and after."""
+        columns, alive = table.columns_R, verdicts.alive()
+        has_text, times = columns["chars"] > 0, np.where(alive, verdicts.times, 0)
+        report = self.report
+        report.lengths = Histogram.even(0, report.cutoff_len, _NUM_BINS)
+        report.lengths.add(columns["tokens"][alive])
+        report.zh_before = _zh_share(columns, has_text.astype(np.int64))
+        report.zh_after = _zh_share(columns, times)
+        languages = np.char.decode(columns["lang"])
+        report.languages = _shares(languages, has_text, times, np.ones(len(times)))
+        report.domains = _shares(table.domain_names().astype(str), has_text, times, verdicts.weight)
+
+    def example(self, line: Line, tokenizer: Tokenizer) -> None:
+        """Show a kept row as the model reads it, if few are shown yet."""
+        if len(self.report.examples) >= _NUM_EXAMPLES or not isinstance(line.row, dict):
+            return
+        row = json.loads(mask(json.dumps(line.row, ensure_ascii=False))[0])
+        example = parse_row(row, line.where).example
+        encoded = encode_example(example, tokenizer, None) if example is not None else None
+        if encoded is not None and not isinstance(encoded, Problem):
+            self.report.examples.append(render_example(encoded, tokenizer))
+
+
+def _add(rules: dict[str, Rule], line: Line, finding: Finding) -> None:
+    rule = rules.setdefault(finding.rule, Rule())
+    if len(rule.samples) < MAX_SAMPLES:
+        rule.add(Sample(line.where, mask(f"{finding.field}: {finding.reason}")[0], shorten(mask(_text(line))[0])))
+    else:
+        rule.count += 1
+
+
+def _text(line: Line) -> str:
+    row: Any = line.row if line.original is None else line.original
+    text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair can be in it
+
+
+def _zh_share(columns: np.ndarray, times: np.ndarray) -> float | None:
+    letters = int((columns["letters"] * times).sum())
+    return int((columns["han"] * times).sum()) / letters if letters else None
+
+
+def _shares(names: np.ndarray, before: np.ndarray, times: np.ndarray, weight: np.ndarray) -> list[Share]:
+    found = []
+    for name in np.unique(names[before]):
+        mine = names == name
+        kept = times[mine] > 0
+        weights = weight[mine][kept]
+        found.append(
+            Share(
+                str(name),
+                int((mine & before).sum()),
+                int(times[mine].sum()),
+                round(float(weights[0]), 6) if len(weights) else 1.0,
+            )
+        )
+    return sorted(found, key=lambda share: -share.num_before)
