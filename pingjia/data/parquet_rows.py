@@ -6,6 +6,7 @@ JSON does not know become text. Needs pyarrow.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,7 +140,7 @@ def _row(value: dict[str, Any], line: int) -> Row | Fault:
     try:
         return Row(line, parse_cells(row))
     except BadCell as e:
-        return Fault(line, e.column, e.reason, text=str(row))
+        return Fault(line, e.column, e.reason, text=json.dumps(row, ensure_ascii=False))
 
 
 def _plain(value: Any) -> Any:

@@ -31,7 +31,7 @@ class Reader:
             if not isinstance(row, Row):
                 self.num_rows += row.lost and row.line > 0
                 tell = self._on_problem if row.lost else self._on_note
-                tell(Problem(name, row.line, row.field, row.reason))
+                tell(Problem(name, row.line, row.field, row.reason, row.field if row.lost else ""))
                 continue
             self.num_rows += 1
             parsed = parse_row(row.value, f"{name}:{row.line}")
@@ -41,7 +41,7 @@ class Reader:
 
     def _tell(self, name: str, line: int, parsed: Parsed, unread: dict[str, int]) -> None:
         for field, reason in parsed.faults:
-            self._on_problem(Problem(name, line, field, reason))
+            self._on_problem(Problem(name, line, field, reason, "row"))
         for key in parsed.unread:
             if key not in unread:  # once per file is enough
                 unread[key] = line

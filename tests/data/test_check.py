@@ -85,8 +85,8 @@ def test_duplicates_are_notes(write: Write) -> None:
 
 
 def test_rules_are_counted_with_samples(write: Write) -> None:
-    report = check_files([write([ZH] * 9)])
-    assert report.rules == {"duplicate": 8}
+    report = check_files([write([ZH] * 9 + [{"prompt": 1}, 5])])
+    assert report.rules == {"row": 2, "json": 1, "duplicate": 8}
     assert report.samples["duplicate"] == report.notes[:5]
     assert json.loads(json.dumps(report.to_dict()))["samples"]["duplicate"][0]["line"] == 2
 

@@ -4,6 +4,7 @@ import datetime
 import decimal
 import io
 import json
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -150,8 +151,6 @@ def test_a_damaged_row_group_costs_its_rows_only(write: Write) -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_any_damage_ends_in_rows_and_faults(write: Write, seed: int) -> None:
-    import random
-
     data = bytearray(_packed({**PAIRS, "facts": [["x"], [], None]}, write_page_checksum=True))
     rng = random.Random(seed)
     for _ in range(5):
@@ -168,6 +167,15 @@ def test_a_row_over_the_limit_is_named(write: Write) -> None:
     assert (rows[1].line, rows[1].field) == (2, "row")
     assert f"{MAX_ROW_BYTES:,}" in rows[1].reason
     assert len(rows[1].text) == 1000
+
+
+def test_a_row_group_is_never_held_whole(write: Write) -> None:
+    rng = random.Random(7)
+    texts = ["".join(rng.choices("abcdefghijklmnop", k=400)) for _ in range(20_000)]
+    path = write(_packed({"prompt": texts, "response": texts}, row_group_size=20_000))
+    before = pa.total_allocated_bytes()
+    most = max(pa.total_allocated_bytes() for _ in read_rows(path)) - before
+    assert most < path.stat().st_size / 2
 
 
 def test_without_pyarrow_it_says_what_to_install(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
