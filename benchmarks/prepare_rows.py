@@ -37,7 +37,7 @@ def ours(file: Path, out: Path, processes: int, *, plain: bool) -> dict[str, int
     if plain:  # what the others do, and no more
         settings |= {
             "personal": {"action": "off"},
-            "rules": {"off": ["repeated", "refusal", "markup", "echo", "language"]},
+            "rules": {"skip": ["repeated", "refusal", "markup", "echo", "language"]},
             "duplicates": {"near": None},
         }
     job = Job(

@@ -65,14 +65,17 @@ def prepare(
     recipe: RecipePath,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option("--out", help="Directory to create.")] = Path("prepared"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> int:
-    """Write the rows a recipe can train on (train.jsonl), and the others with their reasons (rejected.jsonl)."""
-    from pingjia import chat, data
+    """Check, filter, balance and augment a recipe's rows: train.jsonl, rejected.jsonl with reasons, report.html.
 
-    loaded = load_recipe(recipe, overrides or [])
-    tokenizer = chat.load_tokenizer(loaded.model.model_name_or_path)
-    result = data.prepare(loaded.data, tokenizer, out)
-    console.print(f"{result.num_kept} rows in {out / 'train.jsonl'}, {result.num_rejected} in {out / 'rejected.jsonl'}")
-    for reason, count in result.reasons.items():
-        console.print(f"  rejected {count}: {reason}", markup=False)
+    The same command again goes on where it was interrupted.
+    """
+    from pingjia.cli.prepare import prepare_recipe, print_prepared
+
+    result = prepare_recipe(load_recipe(recipe, overrides or []), out, quiet=as_json)
+    if as_json:
+        console.print_json(json.dumps(result.report.to_dict(), ensure_ascii=False))
+    else:
+        print_prepared(result, out)
     return 0

@@ -1,4 +1,4 @@
-"""`pingjia run RECIPE`: the whole road. Check data -> tune -> compare -> serve -> ask -> bill.
+"""`pingjia run RECIPE`: the whole road. Check (or prepare) data -> tune -> compare -> serve -> ask -> bill.
 
 A stage whose inputs are unchanged is not done again. Serving and asking always are: they show that the result answers.
 """
@@ -22,6 +22,7 @@ from pingjia.cli import data as data_verb
 from pingjia.cli import eval as eval_verb
 from pingjia.cli import train as train_verb
 from pingjia.cli.console import console, duration
+from pingjia.cli.prepare import with_prepared_data
 from pingjia.cli.schema import Recipe, ledger_path, load_recipe
 from pingjia.cli.stages import Stages, digest
 from pingjia.cli.train import Overrides, RecipePath
@@ -55,8 +56,12 @@ class Road:
 
     def walk(self) -> int:
         started = time.perf_counter()
-        console.rule("1 check data")
-        self._check()
+        if self._recipe.prepare is not None:
+            console.rule("1 prepare data")
+            self._recipe = with_prepared_data(self._recipe)
+        else:
+            console.rule("1 check data")
+            self._check()
         console.rule("2 tune")
         if not self._train():
             return 130

@@ -24,8 +24,13 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as in th
 
 
 def train(recipe: RecipePath, overrides: Overrides = None) -> int:
-    """Tune an adapter as a recipe says. The same command again goes on where it stopped."""
-    result = train_recipe(load_recipe(recipe, overrides or []))
+    """Tune an adapter as a recipe says. The same command again goes on where it stopped.
+
+    With a `prepare` section the rows are prepared first.
+    """
+    from pingjia.cli.prepare import with_prepared_data
+
+    result = train_recipe(with_prepared_data(load_recipe(recipe, overrides or [])))
     return 0 if result.finished else 130
 
 

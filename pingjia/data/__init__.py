@@ -7,8 +7,10 @@ __all__ = [
     "Job",
     "Prepared",
     "Problem",
+    "Tools",
     "check_files",
     "encode_examples",
+    "estimate_rows",
     "fingerprint",
     "prepare",
     "read_examples",
@@ -18,8 +20,8 @@ __all__ = [
 if TYPE_CHECKING:
     from pingjia.data.check import CheckReport, check_files
     from pingjia.data.encode import encode_examples
-    from pingjia.data.files import fingerprint, resolve
-    from pingjia.data.prepared import Job, Prepared, prepare
+    from pingjia.data.files import estimate_rows, fingerprint, resolve
+    from pingjia.data.prepared import Job, Prepared, Tools, prepare
     from pingjia.data.problems import Problem
     from pingjia.data.read import read_examples
 
@@ -28,8 +30,10 @@ _HOMES = {
     "Job": "prepared",
     "Prepared": "prepared",
     "Problem": "problems",
+    "Tools": "prepared",
     "check_files": "check",
     "encode_examples": "encode",
+    "estimate_rows": "files",
     "fingerprint": "files",
     "prepare": "prepared",
     "read_examples": "read",

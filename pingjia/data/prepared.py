@@ -121,6 +121,7 @@ class _Preparation:
         held_out = assemble([self._held_out], self._work / "held_out_table")
         verdicts = Verdicts.of(table)
         self._tally.stage("read", len(table), len(table))
+        self._tally.report.num_rows = len(table)
         with self._stage("rows", verdicts, num_in=len(table)):
             pass  # every row was judged as it was read
         with self._stage("duplicates", verdicts):
@@ -267,7 +268,7 @@ class _Preparation:
     def _makers(self) -> dict[str, Maker]:
         augment, makers = self._settings.augment, dict[str, Maker]()
         if augment.synonyms.ratio > 0:
-            makers["synonyms"] = Synonyms(augment.synonyms.replace)
+            makers["synonyms"] = Synonyms(augment.synonyms.replace, augment.synonyms.thesaurus)
         if augment.back_translation.ratio > 0:
             makers["back_translation"] = self._job.tools.back_translation(augment.back_translation)
         return makers
@@ -365,7 +366,6 @@ class _Preparation:
                 files = {n: stack.enter_context(open(self._work / n, "wb")) for n in (TRAIN, REJECTED, CHANGED)}
                 for row, line in enumerate(self._lines()):
                     self._write_row(row, line, files, table, held_out, verdicts)
-            report.num_rows = len(table)
             report.seconds = round(time.perf_counter() - started, 3)
             (self._work / PAGE).write_text(render_page(report), encoding="utf-8")
             (self._work / REPORT).write_text(json.dumps(report.to_dict(), ensure_ascii=False), encoding="utf-8")

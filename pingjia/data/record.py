@@ -87,7 +87,7 @@ class Inspector:
     def __init__(self, plan: Plan, tokenizer: Tokenizer) -> None:
         self._plan = plan
         self._tokenizer = tokenizer
-        self._off = frozenset(plan.settings.rules.off)
+        self._skip = frozenset(plan.settings.rules.skip)
         self._personal = plan.settings.personal
 
     def inspect(self, raw: RawRow) -> list[Record]:
@@ -120,7 +120,7 @@ class Inspector:
             return [record]
         example = self._treat_personal(record, example)
         record.lang = identify(_text_of(example)).lang
-        record.faults += check_rules(example, self._off)
+        record.faults += check_rules(example, self._skip)
         keep = self._plan.settings.languages.keep
         if keep is not None and record.lang not in keep:
             record.faults.append(Finding("language_kept", "lang", f"{record.lang}: not in prepare.languages.keep"))

@@ -81,7 +81,10 @@ class Piece:
 
 @dataclass(slots=True)
 class DataReport:
-    """Everything the page shows. Counts are of records: a row that was split counts once for each part."""
+    """Everything the page shows. Counts are of records: a row that was split counts once for each part.
+
+    `num_rows` are of the files; of those and the `num_made` ones, `num_kept` are in the training set.
+    """
 
     title: str = ""
     created: str = ""
@@ -192,9 +195,9 @@ def _joined(pieces: Sequence[Piece]) -> list[Piece]:
 def summary_lines(report: DataReport) -> list[str]:
     """The report in a few lines, for a terminal."""
     lines = [
-        f"{report.num_rows:,} rows: {report.num_kept:,} kept, {report.num_rejected:,} left out"
+        f"{report.num_rows:,} rows{f' and {report.num_made:,} made from them' if report.num_made else ''}: "
+        f"{report.num_kept:,} kept, {report.num_rejected:,} left out"
         + (f", {report.num_changed:,} changed" if report.num_changed else "")
-        + (f", {report.num_made:,} made" if report.num_made else "")
         + (f"; {report.num_written:,} written" if report.num_written != report.num_kept else "")
     ]
     if report.zh_after is not None:

@@ -124,7 +124,8 @@ def _table(heads: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]], kind
 
 
 def _headline(report: DataReport) -> str:
-    kept = report.num_kept / report.num_rows if report.num_rows else 0.0
+    total = report.num_rows + report.num_made
+    kept = report.num_kept / total if total else 0.0
     cards = [
         (("读入", "rows read"), _number(report.num_rows), ""),
         (("保留", "kept"), _number(report.num_kept), f"{kept:.1%}"),

@@ -33,9 +33,9 @@ class DataSettings(Section):
 
 
 class RuleSettings(Section):
-    """Cheap rules on the words of a row. A rule in `off` is not applied."""
+    """Cheap rules on the words of a row."""
 
-    off: list[RuleName] = Field(default=[])
+    skip: list[RuleName] = Field(default=[])  # rules that are not applied
 
 
 class PersonalSettings(Section):
@@ -86,16 +86,19 @@ class SynonymSettings(Section):
     """New rows by putting synonyms into questions."""
 
     ratio: float = Field(0.0, ge=0, le=10)  # made rows per row
-    replace: Share = 0.2  # of the words that may be replaced
+    replace: Share = 0.2  # of the words that may be replaced; at least one
+    thesaurus: str | None = None  # a file of your own words, used besides the packaged ones
 
 
 class BackTranslationSettings(Section):
     """New rows by translating questions to another language and back: by two model directories, or by an endpoint."""
 
-    ratio: float = Field(0.0, ge=0, le=10)
+    ratio: float = Field(0.0, ge=0, le=1)  # a translator gives one wording of a question, so at most 1
+    source: str = "zh"  # only questions in this language
     via: str = "en"
-    forward: str | None = None  # MarianMT (or other seq2seq) model directory zh -> via
+    forward: str | None = None  # MarianMT (or other seq2seq) model directory source -> via
     backward: str | None = None
+    codes: tuple[str, str] | None = None  # what a multilingual model calls source and via: [zho_Hans, eng_Latn]
     endpoint: str | None = None  # base URL of an OpenAI-compatible server
     model: str | None = None  # its model name
     api_key_env: str = "OPENAI_API_KEY"  # name of the environment variable that holds the key

@@ -191,3 +191,13 @@ def test_near_miss() -> None:
     assert recipe.near_miss("prot", ["port", "host"]) == "; did you mean port?"
     assert recipe.near_miss("zzz", ["port", "host"]) == ""
     assert recipe.near_miss("port", []) == ""
+
+
+@pytest.mark.parametrize(("text", "expected"), [("off", "off"), ("no", "no"), ("true", True), ("FALSE", False)])
+def test_off_is_a_word_and_true_is_not(tmp_path: Path, text: str, expected: object) -> None:
+    """YAML 1.1 would read off and no as false: `action: off` would not be what it says."""
+    from pingjia.recipe import read_yaml
+
+    file = tmp_path / "a.yaml"
+    file.write_text(f"key: {text}\n")
+    assert read_yaml(file) == {"key": expected}
