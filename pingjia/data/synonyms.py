@@ -149,9 +149,15 @@ def _is_past(rest: Sequence[tuple[str, str]]) -> bool:
 
 
 def _reads_well(before: Sequence[str], target: str, after: Sequence[str]) -> bool:
-    """Whether jieba cuts the new sentence at the same places, so that no other word arises at the seams."""
-    cut = [word for word, _ in tagged("".join([*before, target, *after]))]
-    return cut == [*before, *(word for word, _ in tagged(target)), *after]
+    """Whether jieba cuts the new clause at the same places, so that no other word arises at the seams."""
+    left, right = _clause(before[::-1])[::-1], _clause(after)
+    cut = [word for word, _ in tagged("".join([*left, target, *right]))]
+    return cut == [*left, *(word for word, _ in tagged(target)), *right]
+
+
+def _clause(words: Sequence[str]) -> list[str]:
+    """The words up to the first that is not Chinese; jieba reads each stretch of Chinese by itself."""
+    return list(itertools.takewhile(count_han, words))
 
 
 def _plain(phrase: str) -> str:
