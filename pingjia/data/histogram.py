@@ -29,6 +29,13 @@ class Histogram:
         """Bins of equal width."""
         return cls([round(low + (high - low) * i / num_bins, 9) for i in range(num_bins + 1)])
 
+    @classmethod
+    def round(cls, high: int, num_bins: int) -> Histogram:
+        """At most `num_bins` bins from 0 to `high` or a little more, of a width that reads well: 1, 2, 5, 10, 20 ..."""
+        widths = (factor * 10**power for power in range(12) for factor in (1, 2, 5))
+        width = next(w for w in widths if w * num_bins >= high)
+        return cls([float(width * i) for i in range(-(-high // width) + 1)])
+
     @property
     def num(self) -> int:
         return sum(self.counts)

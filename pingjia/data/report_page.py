@@ -139,12 +139,11 @@ def _headline(report: DataReport) -> str:
         f'<li><span class="what">{_both(names)}</span><strong>{value}</strong><small>{small}</small></li>'
         for names, value, small in cards
     )
-    files = "、".join(escape(shorten(name.rsplit("/", 1)[-1], 60)) for name, _ in report.files[:6])
     return (
         f'<header><div class="brand">pingjia · {_both(("数据报告", "data report"))}</div>'
         '<button type="button" id="language" aria-label="中文 / English">中文 / EN</button>'
-        f"<h1>{escape(shorten(report.title or files or 'pingjia', 80))}</h1>"
-        f'<p class="lead">{files}{" · " + escape(report.created[:16].replace("T", " ")) if report.created else ""}</p>'
+        f"<h1>{escape(shorten(report.title or 'pingjia', 80))}</h1>"
+        f'<p class="lead">{escape(report.created[:16].replace("T", " "))} UTC</p>'
         f'<ul class="cards">{items}</ul></header>'
     )
 
@@ -164,7 +163,9 @@ def _funnel(stages: Sequence[Stage]) -> str:
             _named(s.name, _STAGES),
             _bar(s.num_out / most),
             _number(s.num_out),
-            f'<span class="delta">{s.num_out - s.num_in:+,}</span>' if s.num_out != s.num_in else "",
+            f'<span class="{"more" if s.num_out > s.num_in else "less"}">{s.num_out - s.num_in:+,}</span>'
+            if s.num_out != s.num_in
+            else "",
         )
         for s in stages
     ]
@@ -210,7 +211,7 @@ def _chart(h: Histogram, mark: float | None, unit: tuple[str, str]) -> str:
     if mark is not None and edges[0] <= mark <= edges[-1]:
         x = _place(mark, edges, step)
         line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{_HEIGHT}"/>'
-    ticks = "".join(_tick(edges, i, step) for i in range(0, len(edges), max(1, len(edges) // 6)))
+    ticks = "".join(_tick(edges, i, step) for i in range(0, len(edges) - 1, max(1, len(edges) // 6)))
     label = escape(f"{unit[0]} / {unit[1]}: {h.num:,}, max {most:,}")
     return (
         f'<svg class="chart" role="img" aria-label="{label}" viewBox="0 0 {_WIDTH} {_HEIGHT + _FOOT}" '

@@ -90,7 +90,7 @@ class Tally:
         columns, alive = table.columns_R, verdicts.alive()
         has_text, times = columns["chars"] > 0, np.where(alive, verdicts.times, 0)
         report = self.report
-        report.lengths = Histogram.even(0, report.cutoff_len, _NUM_BINS)
+        report.lengths = Histogram.round(report.cutoff_len, _NUM_BINS)
         report.lengths.add(columns["tokens"][alive])
         report.zh_before = _zh_share(columns, has_text.astype(np.int64))
         report.zh_after = _zh_share(columns, times)
