@@ -161,6 +161,12 @@ def test_gbk(write: Write, read: Read, num_ascii: int) -> None:
     assert "GBK" in notes[0].reason
 
 
+def test_a_large_gbk_table_without_a_quote(write: Write) -> None:
+    rows, faults = _found(write((HEADER + "你们几点开门,每天上午九点\n" * 20_000).encode("gbk"), "a.csv"))
+    assert len(rows) == 20_000
+    assert {fault.lost for fault in faults.values()} == {False}
+
+
 def test_byte_order_mark_is_no_part_of_the_first_name(write: Write, read: Read) -> None:
     examples, problems, notes = read(write(b"\xef\xbb\xbf" + (HEADER + "a,b\n").encode(), "a.csv"))
     assert (len(examples), problems, [n.line for n in notes]) == (1, [], [1])
@@ -221,6 +227,18 @@ def test_an_open_quote_at_the_end(write: Write) -> None:
     rows, faults = _found(write(HEADER + 'a,b\n"c,d\ne,f\ng,h', "a.csv"))
     assert sorted(rows) == [2, 4, 5]
     assert (faults[3].text, list(faults)) == ('"c,d', [3])
+
+
+def test_bad_rows_behind_an_open_quote_are_told_one_by_one(write: Write) -> None:
+    rows, faults = _found(write(HEADER + 'a,b\n"c,d\ne\nf\ng,h\n', "a.csv"))
+    assert sorted(rows) == [2, 6]
+    assert {line: fault.text for line, fault in faults.items()} == {3: '"c,d', 4: "e", 5: "f"}
+
+
+def test_blank_lines_behind_an_open_quote_say_nothing(write: Write) -> None:
+    rows, faults = _found(write(HEADER + '"c,d\n\n\n\n"e","f"\n', "a.csv"))
+    assert rows == {6: {"prompt": "e", "response": "f"}}
+    assert {line: fault.text for line, fault in faults.items()} == {2: '"c,d'}
 
 
 def test_text_of_several_lines_with_a_wrong_quote_becomes_no_row(write: Write) -> None:
