@@ -6,7 +6,7 @@ Knows row numbers only; `step.py` turns rows into tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,3 +62,30 @@ class BatchPlan:
             first = step % self.updates_per_epoch * self.rows_per_update
             rows = order[first : first + self.rows_per_update]
             yield step, [rows[i : i + self.rows_per_micro] for i in range(0, len(rows), self.rows_per_micro)]
+
+
+def share_out(rows: Sequence[int], lengths: Sequence[int], rows_per_micro: int) -> list[list[int]]:
+    """The rows of one update as micro-batches of at most `rows_per_micro`, about equally long in tokens.
+
+    lengths[row]: its tokens. As few micro-batches as there can be; inside each the order of the update. The longest row
+    goes first, each to where there are fewest tokens: the longest micro-batch decides how much memory a run needs.
+    """
+    count = math.ceil(len(rows) / rows_per_micro)
+    micros: list[list[int]] = [[] for _ in range(count)]
+    tokens = [0] * count
+    for place in sorted(range(len(rows)), key=lambda place: (-lengths[rows[place]], place)):
+        open_micros = (m for m in range(count) if len(micros[m]) < rows_per_micro)
+        micro = min(open_micros, key=lambda m: (tokens[m], m))
+        micros[micro].append(place)
+        tokens[micro] += lengths[rows[place]]
+    return [[rows[place] for place in sorted(micro)] for micro in micros]
+
+
+def longest_micro(plan: BatchPlan, lengths: Sequence[int], rows_per_micro: int, start: int = 0) -> list[int]:
+    """The rows of the micro-batch with the most tokens among updates start.. of the plan."""
+    micros = (
+        micro
+        for _, update in plan.updates(start)
+        for micro in share_out([row for part in update for row in part], lengths, rows_per_micro)
+    )
+    return max(micros, key=lambda micro: sum(lengths[row] for row in micro), default=[])

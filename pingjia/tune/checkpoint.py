@@ -82,7 +82,7 @@ def save_checkpoint(
     step = progress["step"]
     target = output_dir / f"checkpoint-{step:06d}"
     held = optimizer.state_dict() if optimizer is not None else None
-    state = {"progress": dict(progress), "fingerprint": fingerprint, "optimizer": held, "rng": _rng_state()}
+    state = {"progress": dict(progress), "fingerprint": fingerprint, "optimizer": held, "rng": rng_state()}
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with new_directory(target) as folder:
@@ -130,7 +130,7 @@ def restore_optimizer(saved: Saved, optimizer: torch.optim.Optimizer) -> None:
 
 
 def restore_rng(saved: Saved) -> None:
-    _restore_rng(saved.rng)
+    set_rng_state(saved.rng)
 
 
 # ---- the best weights so far, where a run watches for them
@@ -255,14 +255,15 @@ def disk_message(target: Path, error: OSError) -> str:
     return f"{target} could not be saved: {reason}; {last}. Make room and run the same command to go on"
 
 
-def _rng_state() -> dict[str, Any]:
+def rng_state() -> dict[str, Any]:
+    """Where torch's generators stand."""
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
 
-def _restore_rng(state: Mapping[str, Any]) -> None:
+def set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
+from pingjia.tune.swap import swapped_forward
+
 MAX_LOGITS_BYTES = 64 * 2**20
 """Of float32 logits at once. A few hundred rows of an ordinary vocabulary: larger blocks measured no faster."""
 
@@ -35,16 +37,9 @@ def losses_for_logits(head: torch.nn.Module, target_K: torch.Tensor) -> Iterator
     Inside the network's own forward pass, so that whoever shards or moves its weights finds the head used where it
     always is.
     """
-    before = head.__dict__.get("forward")
     logits_of: Head = head.forward
-    head.forward = lambda hidden_1KH: token_losses(hidden_1KH[0], target_K, logits_of).unsqueeze(0)
-    try:
+    with swapped_forward(head, lambda hidden_1KH: token_losses(hidden_1KH[0], target_K, logits_of).unsqueeze(0)):
         yield
-    finally:
-        if before is None:
-            del head.forward
-        else:
-            head.forward = before
 
 
 def token_losses(hidden_KH: torch.Tensor, target_K: torch.Tensor, logits_of: Head) -> torch.Tensor:

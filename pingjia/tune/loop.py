@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -21,18 +21,23 @@ from pingjia.errors import StorageError, TrainingError
 from pingjia.meter import peak_bytes
 from pingjia.models.family import Family
 from pingjia.tune import checkpoint as disk
+from pingjia.tune.batches import longest_micro, share_out
 from pingjia.tune.checkpoint import LOG_FILE, Saved, disk_message
+from pingjia.tune.frozen import FrozenLayers, num_frozen_layers
 from pingjia.tune.groups import RateGroup, Rates, group_parameters, optimizer_groups
 from pingjia.tune.guards import MOVED_AFTER_STEPS, MovedCheck
+from pingjia.tune.ladder import Rung
 from pingjia.tune.penalty import l2_penalty, lora_matrices
 from pingjia.tune.phases import Phase, enter, frozen_digest, require_untouched, trainable_names
+from pingjia.tune.relief import Memory, is_out_of_memory
 from pingjia.tune.schedule import rate_factor
 from pingjia.tune.settings import TuneSettings
 from pingjia.tune.shrink import shrink_rank
-from pingjia.tune.step import MicroBatch, Penalty, StepResult, build_batch, mean_loss, update
+from pingjia.tune.step import MicroBatch, Penalty, StepResult, build_batch, mean_loss, rehearse_update, update
 from pingjia.tune.watch import Watch
 from pingjia.types import Encoded
 
+T = TypeVar("T")
 SHRUNK = "over-fitting"  # how the event begins that makes the adapter smaller
 
 
@@ -61,20 +66,23 @@ class StepLog:
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands. `phase_start`: updates made when the phase began; `rank`: the adapter's now."""
+    """Where a run stands. `phase_start`: updates made when the phase began; `rank`: the adapter's now; `rung`: how much
+    memory it makes do with; `event`: what happened since the last update, for its line of the log."""
 
     rank: int
+    rung: Rung
     step: int = 0
     phase: int = 0
     phase_start: int = 0
     watch: Watch = field(default_factory=Watch)
+    event: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def of(cls, value: Mapping[str, Any]) -> Progress:
-        return cls(**{**value, "watch": Watch.of(value["watch"])})
+        return cls(**{**value, "watch": Watch.of(value["watch"]), "rung": Rung(**value["rung"])})
 
 
 @dataclass(slots=True)
@@ -125,7 +133,11 @@ def run_training(run: Run) -> bool:
         raise TrainingError(f"started as {accelerator.num_processes} processes; this version trains in one process")
     trainable = trainable_names(run.model)
     saved = disk.read_checkpoint(run.resume_from, fingerprint=run.fingerprint) if run.resume_from else None
-    progress = Progress.of(saved.progress) if saved else Progress(run.settings.lora_rank)
+    first_rung = Rung(run.settings.per_device_train_batch_size, run.settings.gradient_checkpointing)
+    progress = Progress.of(saved.progress) if saved else Progress(run.settings.lora_rank, first_rung)
+    memory = Memory(run.model, first_rung, run.settings) if run.settings.memory == "auto" else None
+    if memory:
+        memory.go_to(progress.rung)
     if saved:
         _restore_weights(run, progress, saved)
     run.start = progress.step
@@ -133,7 +145,7 @@ def run_training(run: Run) -> bool:
     _write_log(run.output_dir / LOG_FILE, _text(run.logs), "w")
     model = accelerator.prepare(run.model)
     while progress.phase < len(run.phases):
-        work = _Phase(run, accelerator, model, progress, trainable)
+        work = _Phase(run, accelerator, model, progress, trainable, memory)
         work.open(saved)
         saved = None
         if not work.train():
@@ -151,15 +163,23 @@ class _Phase:
     """One phase of a run at work."""
 
     def __init__(
-        self, run: Run, accelerator: Accelerator, model: Any, progress: Progress, trainable: frozenset[str]
+        self,
+        run: Run,
+        accelerator: Accelerator,
+        model: Any,
+        progress: Progress,
+        trainable: frozenset[str],
+        memory: Memory | None,
     ) -> None:
-        self.run, self.progress = run, progress
+        self.run, self.progress, self._memory = run, progress, memory
         self.phase = run.phases[progress.phase]
         self._accelerator, self._model, self._trainable = accelerator, model, trainable
         self._since_look: list[float] = []  # training losses since the last look at the held-out rows
         self._optimizer: Any = None
         self._penalty: Penalty | None = None
         self._frozen = ""
+        self._below: FrozenLayers | None = None
+        self._lengths = [len(row.ids) for row in run.rows]
 
     def open(self, saved: Saved | None) -> None:
         """Make parameters, optimizer and random state those of the phase's beginning, or of the checkpoint."""
@@ -173,6 +193,8 @@ class _Phase:
             disk.restore_optimizer(saved, self._optimizer)
             self._since_look = self._losses_since_look()
         self._model.train()
+        if self._memory:
+            self._try_longest()
 
     def _build_optimizer(self) -> None:
         s, groups = self.run.settings, rate_groups(self.run, self.phase, self._trainable)
@@ -180,6 +202,7 @@ class _Phase:
         self._optimizer = self._accelerator.prepare(optimizer)
         matrices = lora_matrices(self.run.model.named_parameters())
         self._penalty = partial(l2_penalty, matrices, s.lora_l2) if s.lora_l2 and matrices else None
+        self._below = frozen_layers(self.run)
 
     def _first(self) -> int:
         return self.progress.step - self.progress.phase_start
@@ -194,7 +217,7 @@ class _Phase:
         """Every update that is left in the phase. False when `should_stop` ended it."""
         run, plan, first = self.run, self.phase.plan, self._first()
         for step, micros in plan.updates(first):
-            rate, result = self._update(step, micros)
+            rate, result = self._update(step, [row for micro in micros for row in micro])
             self.progress.step += 1
             done, last = step + 1, step + 1 == plan.num_steps
             self._since_look.append(result.loss)
@@ -202,7 +225,9 @@ class _Phase:
                 self._has_moved(run.model)
                 self._has_moved = None
             eval_loss = self._look() if self._is_time_to_look(done, last) else None
-            event, is_over = self._decide(eval_loss)
+            decided, is_over = self._decide(eval_loss)
+            event = "; ".join(filter(None, (self.progress.event, decided))) or None
+            self.progress.event = None
             self._log(done, rate, result, eval_loss, event)
             last = last or is_over
             stopping = run.should_stop() and not last
@@ -217,22 +242,70 @@ class _Phase:
         self._close()
         return True
 
-    def _update(self, step: int, micros: list[list[int]]) -> tuple[float, StepResult]:
-        run, s = self.run, self.run.settings
-        batches = [
-            build_batch([run.rows[i] for i in rows], run.family, run.model.config, run.model.device) for rows in micros
-        ]
+    def _update(self, step: int, rows: list[int]) -> tuple[float, StepResult]:
+        s, started = self.run.settings, time.perf_counter()
         factor = rate_factor(step, self.phase.plan.num_steps, kind=s.lr_scheduler_type, warmup_ratio=s.warmup_ratio)
-        result = update(
-            self._accelerator,
-            self._model,
-            self._optimizer,
-            batches,
-            rate_factor=factor,
-            max_grad_norm=s.max_grad_norm,
-            penalty=self._penalty,
-        )
-        return factor * max(group["peak"] for group in self._optimizer.param_groups), result
+
+        def attempt() -> StepResult:
+            return update(
+                self._accelerator,
+                self._model,
+                self._optimizer,
+                [self._batch(micro) for micro in share_out(rows, self._lengths, self.progress.rung.rows_per_micro)],
+                rate_factor=factor,
+                max_grad_norm=s.max_grad_norm,
+                penalty=self._penalty,
+                before_each=self._memory.check if self._memory else None,
+            )
+
+        result = self._with_less_if_needed(attempt)
+        rate = factor * max(group["peak"] for group in self._optimizer.param_groups)
+        return rate, replace(result, seconds=time.perf_counter() - started)
+
+    def _batch(self, numbers: list[int]) -> MicroBatch:
+        run = self.run
+        rows = [run.rows[number] for number in numbers]
+        batch = build_batch(rows, run.family, run.model.config, run.model.device)
+        return replace(batch, entering=self._below.entering(numbers, rows)) if self._below else batch
+
+    def _try_longest(self) -> None:
+        """Forward and backward of the longest micro-batch that will come, to know now whether it fits."""
+        before = disk.rng_state()
+
+        def attempt() -> None:
+            rung, first = self.progress.rung, self._first()
+            numbers = longest_micro(self.phase.plan, self._lengths, rung.rows_per_micro, first)
+            if numbers:
+                rehearse_update(self._accelerator, self._model, self._optimizer, self._batch(numbers))
+
+        self._with_less_if_needed(attempt)
+        disk.set_rng_state(before)
+
+    def _with_less_if_needed(self, attempt: Callable[[], T]) -> T:
+        """Do it; where memory runs out, go down a rung and do it again with the same weights and random numbers."""
+        before = disk.rng_state()
+        while True:
+            try:
+                return attempt()
+            except RuntimeError as e:
+                if self._memory is None or not is_out_of_memory(e):
+                    raise
+                reason = str(e).splitlines()[0]
+            # Outside of `except`: the error holds on to everything that the failed attempt had made.
+            self._optimizer.zero_grad()
+            disk.set_rng_state(before)
+            self._step_down(self._memory, reason)
+
+    def _step_down(self, memory: Memory, reason: str) -> None:
+        progress = self.progress
+        self._below = None
+        event = memory.step_down(self.phase.plan.rows_per_update, reason)
+        progress.rung, progress.event = memory.rung, "; ".join(filter(None, (progress.event, event)))
+        self._below = frozen_layers(self.run)
+        if self._frozen:
+            self._frozen = frozen_digest(self.run.model)
+        if progress.step:
+            self._save(between_phases=False)
 
     def _is_time_to_look(self, done: int, last: bool) -> bool:
         if not self._eval_batches:
@@ -328,6 +401,13 @@ class _Phase:
         run.peak_bytes = max(run.peak_bytes, peak_bytes())
         _write_log(run.output_dir / LOG_FILE, _line(log), "a")
         run.observe(log)
+
+
+def frozen_layers(run: Run) -> FrozenLayers | None:
+    """What takes rows through the layers below all that learns now; None when the first layer learns."""
+    count = num_frozen_layers(run.model)
+    budget = int(run.settings.activation_cache_gb * 1e9)
+    return FrozenLayers(run.model, run.family, count, budget) if count else None
 
 
 def _batches(run: Run, rows: Sequence[Encoded]) -> list[MicroBatch]:

@@ -26,10 +26,19 @@ from pingjia.tune.loop import SHRUNK, Run, StepLog, rate_groups, run_training
 from pingjia.tune.lora import Targets, adaptable, add_adapter, count_parameters, num_layers, resolve, resolve_targets
 from pingjia.tune.phases import plan_phases, trainable_names
 from pingjia.tune.plot import plot_loss
+from pingjia.tune.relief import checkpoint_activations
 from pingjia.tune.settings import TuneSettings
 from pingjia.types import Encoded
 
-_NOT_WEIGHTS = {"output_dir", "save_steps", "save_total_limit", "resume_from_checkpoint"}
+_NOT_WEIGHTS = {
+    "output_dir",
+    "save_steps",
+    "save_total_limit",
+    "resume_from_checkpoint",
+    "memory",
+    "memory_limit_gb",
+    "activation_cache_gb",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +152,7 @@ def train(
         adapted = add_adapter(model, targets, settings)
         use_packed_attention(model)
         if settings.gradient_checkpointing:
-            adapted.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(adapted)
         run = Run(
             model=adapted,
             family=family,

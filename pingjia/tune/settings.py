@@ -66,6 +66,9 @@ class TuneSettings(Section):
     per_device_train_batch_size: int = Field(8, ge=1)  # rows laid end to end in one forward pass
     gradient_accumulation_steps: int = Field(1, ge=1)
     gradient_checkpointing: bool = False
+    memory: Literal["auto", "off"] = "auto"  # auto: plan, try the longest batch first, use less when it runs out
+    memory_limit_gb: float | None = Field(None, gt=0)  # what the run may use; null: what is free when it starts
+    activation_cache_gb: float = Field(1.0, ge=0)  # for what comes out of frozen lower layers; 0: compute it anew
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     eval_steps: int | None = Field(None, ge=1)  # updates between looks at eval_dataset; null: every epoch

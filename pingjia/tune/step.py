@@ -17,6 +17,7 @@ from pingjia.errors import TrainingError
 from pingjia.models.attention import PackedSequences
 from pingjia.models.family import Family
 from pingjia.tune.cross_entropy import losses_for_logits
+from pingjia.tune.frozen import Entering, passed_by
 from pingjia.types import Encoded
 
 
@@ -24,7 +25,8 @@ from pingjia.types import Encoded
 class MicroBatch:
     """Rows laid end to end. `keep_K` are the positions whose next token is learnt, `target_K` those tokens.
 
-    `weight_K`: the weights of their rows; None when all are 1.
+    `weight_K`: the weights of their rows; None when all are 1. `entering`: what the rows are above the layers that do
+    not learn, where those have been passed already.
     """
 
     input_ids_1T: torch.Tensor
@@ -33,6 +35,7 @@ class MicroBatch:
     keep_K: torch.Tensor
     target_K: torch.Tensor
     weight_K: torch.Tensor | None = None
+    entering: Entering | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -92,9 +95,11 @@ def summed_loss(model: torch.nn.Module, batch: MicroBatch, *, weighted: bool = T
     With `weighted`, a token counts as much as the weight of its row says.
     """
     head = extract_model_from_parallel(model).get_output_embeddings()
-    with losses_for_logits(head, batch.target_K):
+    entering = batch.entering
+    with losses_for_logits(head, batch.target_K), passed_by(entering.below if entering else ()):
         losses_1K = model(
-            input_ids=batch.input_ids_1T,
+            input_ids=None if entering else batch.input_ids_1T,
+            inputs_embeds=entering.states_1TH if entering else None,
             position_ids=batch.position_ids,
             packed=batch.packed,
             logits_to_keep=batch.keep_K,
@@ -114,10 +119,12 @@ def update(
     rate_factor: float,
     max_grad_norm: float,
     penalty: Penalty | None = None,
+    before_each: Callable[[], None] | None = None,
 ) -> StepResult:
     """One optimizer update over the micro-batches; the loss is the mean over ALL their learnt tokens.
 
     Every parameter group learns at `rate_factor` times its peak rate. `penalty()` is added to the loss once.
+    `before_each()` is called before every micro-batch and may refuse to go on.
 
     (Averaging per-micro-batch means instead would weigh a short answer's tokens more than a long one's.) Row weights
     multiply the loss but not the number of tokens it is divided by: a row of weight 2 pulls twice as hard, also alone.
@@ -128,6 +135,8 @@ def update(
     total = l2 = 0.0
     optimizer.zero_grad()
     for number, batch in enumerate(batches):
+        if before_each is not None:
+            before_each()
         loss = summed_loss(model, batch)
         total += loss.detach().item()
         loss = loss / num_learnt
@@ -144,6 +153,22 @@ def update(
     optimizer.step()
     seconds = time.perf_counter() - started
     return StepResult(total / num_learnt, l2, norm, sum(b.num_tokens for b in batches), num_learnt, seconds)
+
+
+def rehearse_update(
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: MicroBatch
+) -> None:
+    """Use the memory that an update on `batch` uses, and change nothing: weights, optimizer and gradients stay.
+
+    Random numbers are drawn.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = [torch.full_like(p, 0.0) for p in parameters for _ in range(2)] if not optimizer.state else []
+    try:
+        accelerator.backward(summed_loss(model, batch) / batch.num_learnt)
+    finally:
+        del moments
+        optimizer.zero_grad()
 
 
 def _require_finite(loss: float, grad_norm: float) -> None:

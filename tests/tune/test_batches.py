@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pingjia.tune.batches import BatchPlan
+from pingjia.tune.batches import BatchPlan, longest_micro, share_out
 from pingjia.tune.schedule import rate_factor
 
 EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
@@ -100,3 +100,38 @@ def test_known_rates() -> None:
     assert rates("linear", 0) == [1, 0.75, 0.5, 0.25]
     assert rates("linear", 0.5) == pytest.approx([1 / 3, 2 / 3, 1, 0.5])
     assert rates("cosine", 0) == pytest.approx([1, 0.5 + math.sqrt(2) / 4, 0.5, 0.5 - math.sqrt(2) / 4])
+
+
+@given(
+    lengths=st.lists(st.integers(1, 500), min_size=1, max_size=40),
+    size=st.integers(1, 12),
+)
+def test_shared_out_rows_are_all_there_and_in_order(lengths: list[int], size: int) -> None:
+    rows = list(range(len(lengths)))[::-1]
+    micros = share_out(rows, lengths, size)
+    assert sorted(row for micro in micros for row in micro) == sorted(rows)
+    assert len(micros) == -(-len(rows) // size)
+    assert all(0 < len(micro) <= size for micro in micros)
+    assert all(micro == sorted(micro, reverse=True) for micro in micros), "the order of the update"
+
+
+def test_one_micro_batch_is_the_update_as_it_is() -> None:
+    assert share_out([4, 1, 3], [9] * 5, 3) == [[4, 1, 3]]
+
+
+def test_long_rows_are_kept_apart() -> None:
+    lengths = [100, 100, 1, 1, 100, 1, 1, 100]
+    micros = share_out(range(8), lengths, 2)
+    assert sorted(sum(lengths[row] for row in micro) for micro in micros) == [101, 101, 101, 101]
+
+
+def test_the_longest_micro_batch_of_a_plan() -> None:
+    plan = BatchPlan.of(10, rows_per_micro=2, micros_per_update=1, num_epochs=3, max_steps=None, seed=1)
+    lengths = [1, 50, 2, 3, 4, 60, 5, 6, 7, 8]
+    found = longest_micro(plan, lengths, 2)
+    everything = [micro for _, micros in plan.updates() for micro in micros]
+    assert sum(lengths[row] for row in found) == max(sum(lengths[row] for row in micro) for micro in everything)
+    assert found in everything
+    last = longest_micro(plan, lengths, 2, plan.num_steps - 1)
+    assert last == everything[-1]
+    assert longest_micro(plan, lengths, 2, plan.num_steps) == []
