@@ -21,6 +21,7 @@ from pingjia.data.settings import AugmentSettings
 from pingjia.types import Example
 
 BATCH = 64  # questions that a maker gets at once: enough to keep a model or an endpoint busy
+MAX_CHARS = 4000  # of a question; a longer one is a document, and costs seconds to cut into words
 
 # Where the words themselves are asked about, other words make the answer wrong.
 _ABOUT_WORDS = re.compile(
@@ -146,6 +147,13 @@ def question(example: Example) -> str:
     return example.messages[_question_at(example)].content
 
 
+def _unsuitable(text: str) -> Refusal | None:
+    if len(text) > MAX_CHARS:
+        return Refusal("too_long", f"{len(text)} characters; up to {MAX_CHARS} are reworded")
+    match = _ABOUT_WORDS.search(text)
+    return Refusal("about_words", f"asks about words ({match[0]})") if match else None
+
+
 # ---- what becomes of them
 
 
@@ -168,10 +176,10 @@ class _Run:
     def _worded(self, name: str, wanted: Sequence[_Wanted]) -> list[str | None]:
         """The maker's wordings; None where it was refused, and counted."""
         self._counts.asked[name] += len(wanted)
-        about_words = [_ABOUT_WORDS.search(w.task.text) for w in wanted]
-        asked = [w.task for w, match in zip(wanted, about_words, strict=True) if not match]
+        refusals = [_unsuitable(w.task.text) for w in wanted]
+        asked = [w.task for w, refusal in zip(wanted, refusals, strict=True) if refusal is None]
         answers = iter(self._makers[name].make(asked) if asked else ())
-        outcomes = [Refusal("about_words", f"asks about words ({m[0]})") if m else next(answers) for m in about_words]
+        outcomes = [refusal or next(answers) for refusal in refusals]
         return [self._checked(w, outcome) for w, outcome in zip(wanted, outcomes, strict=True)]
 
     def _checked(self, wanted: _Wanted, outcome: str | Refusal) -> str | None:

@@ -211,6 +211,10 @@ def test_questions_about_words_are_left_alone(text: str) -> None:
     assert _refused("别的说法", examples=[_example(1, text)]) == {"about_words": 1}
 
 
+def test_a_document_is_left_alone() -> None:
+    assert _refused("别的说法", examples=[_example(1, "怎么退货" * 1001)]) == {"too_long": 1}
+
+
 def test_two_makers_on_one_row() -> None:
     counts = AugmentCounts()
     makers = {"synonyms": Always("如何退货"), "back_translation": Always("怎样才能退货")}
