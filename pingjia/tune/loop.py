@@ -287,10 +287,15 @@ class _Phase:
         while True:
             try:
                 return attempt()
-            except RuntimeError as e:
-                if self._memory is None or not is_out_of_memory(e):
+            except (RuntimeError, MemoryError) as e:
+                if not is_out_of_memory(e):
                     raise
                 reason = str(e).splitlines()[0]
+            if self._memory is None:
+                raise TrainingError(
+                    f"out of memory ({reason}). memory=auto makes do with less of it by itself; or halve "
+                    "per_device_train_batch_size and double gradient_accumulation_steps"
+                )
             # Outside of `except`: the error holds on to everything that the failed attempt had made.
             self._optimizer.zero_grad()
             disk.set_rng_state(before)
