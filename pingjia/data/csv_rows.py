@@ -21,6 +21,7 @@ from pingjia.data.raw import MAX_ROW_BYTES, MAX_SHOWN, Fault, GivenTwice, Row, p
 
 _JSON_COLUMNS = frozenset(("messages", "conversations", "history", "tools", "images", "facts", "weight"))
 _DELIMITERS = ",;\t"
+_MAX_ROW_LINES = 100_000  # a lost quote would hold 500 MB of short lines before it came to MAX_ROW_BYTES
 
 
 # ---- what every table needs
@@ -177,7 +178,7 @@ class _Taken:
             raise StopIteration
         self.lines.append(line)
         self._size += line.size
-        if self._size > MAX_ROW_BYTES:
+        if self._size > MAX_ROW_BYTES or len(self.lines) > _MAX_ROW_LINES:
             raise _TooLong
         return line.text
 
@@ -210,7 +211,7 @@ class _Table:
                 yield self._mend(_why(e))
             except _TooLong:
                 self.num_rows += 1
-                yield self._mend(f"over {MAX_ROW_BYTES:,} bytes up to the next closing quote")
+                yield self._mend(f"over {MAX_ROW_BYTES:,} bytes or {_MAX_ROW_LINES:,} lines up to the closing quote")
             else:
                 if cells:
                     self.num_rows += 1
