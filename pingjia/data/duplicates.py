@@ -2,13 +2,15 @@
 
 Signatures are made row by row, in any process; comparing them is sorting. MinHash by `rensa`, bands by numpy.
 
-Near means: character shingles with a Jaccard similarity of at least the threshold, AND the same numbers and negations
-in the same order. 保修三年 and 保修五年 are two facts, whatever else their rows share.
+Near means: character shingles with a Jaccard similarity of at least the threshold, AND the same numbers (with their
+units, signs and codes) and negations in the same order. 保修三年 and 保修五年 are two facts, whatever else their rows
+share. Rows that differ in another word, 免费 and 收费, can be near.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -23,16 +25,36 @@ from pingjia.types import Example, Message
 NUM_PERM = 128
 _SEED = 42
 SHINGLE = 3
-NUM_BANDS = 16  # of 8 values each: a pair of similarity 0.85 meets in one of them with 99 %, of 0.5 with 6 %
+NUM_BANDS = 21  # of 6 values each: a pair of similarity 0.85 meets in one of them always, of 0.7 with 93 %
 _ROWS = NUM_PERM // NUM_BANDS
-_MAX_APART = 32  # how many neighbours in a bucket a row is compared with, besides the first
-_BATCH = 1 << 16
+_MAX_ROUNDS = 32  # of comparing all rows with the first of their buckets; what is open then, with its neighbours:
+_MAX_APART = 32
+_BATCH = 1 << 14
 
-_NUMBER = re.compile(r"\d+(?:[.,:/]\d+)*|[零〇一二两三四五六七八九十百千万亿半]+|[%％]")
-_NEGATION = re.compile(
-    r"不|没|无|非|未|别|勿|莫|否|禁|\b(?:no|not|never|none|nor|without|cannot)\b|n['’]t\b", re.IGNORECASE
+# What two rows must have in common to be near, in lower case. A unit belongs to a number: 3年 is not 3个月.
+_ONES = "零〇一二两三四五六七八九十百千万亿半兩萬億壹贰貳叁參肆伍陆陸柒捌玖拾佰仟廿卅俩仨"
+_UNIT = r"(?:\s*(?:%|°[cf]?|[a-z]{1,3}|[个個]?[\u4e00-\u9fff]))?"
+_DIGITS = re.compile(rf"\d+(?:[-.,:/]\d+)*{_UNIT}")
+_BEFORE_DIGITS = re.compile(r"(?:[-−+*/×÷<>≤≥≠=±^~$¥€£]\s?)?(?:[a-z]{1,8}-?)?$")  # -5 is not 5, nor KL-200 KM-200
+_HAN = re.compile(rf"[{_ONES}]+{_UNIT}|[上下中]午|凌晨|[早晚]上|[不没沒无無非未别別勿莫毋否禁免拒]")
+_LATIN = re.compile(r"[a-z]+(?:['’][a-z]+)?")
+# Without "one", "second", "may": mostly they are no numbers, and a number they are exchanged for is here.
+_LATIN_NUMBERS = frozenset(
+    """
+    zero two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+    eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion dozen
+    half quarter first third fourth fifth last once twice double triple
+    monday tuesday wednesday thursday friday saturday sunday
+    january february march april june july august september october november december
+    """.split()  # noqa: SIM905
 )
-_NO_NUMBER = re.compile(r"一[下些个样直起点般定旦共同边]|万一|第一时间|统一|唯一")
+_LATIN_NEGATIONS = frozenset(
+    """
+    no not never none nor neither nobody nothing nowhere without cannot unable unavailable except unless
+    """.split()  # noqa: SIM905
+)
+# Common words with a numeral in them; not in 十一下, 一万一千, 一个半小时.
+_NO_NUMBER = re.compile(rf"(?<![{_ONES}])(?:一[下些个個样樣直起般定旦共同边邊]|万一|第一时间)(?![{_ONES}])|统一|唯一")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +62,7 @@ class Signature:
     """What a row is compared by.
 
     exact: 16 bytes, equal for conversations that differ in width, case or white space only. question: of the prompt
-    alone. bands_B, minhash_P: uint64 and uint32, of question and answer together.
+    alone. bands_B: uint64; minhash_P: the lowest 8 bits of each value, as uint8. Both of question and answer together.
     """
 
     exact: bytes
@@ -57,8 +79,8 @@ def signature(example: Example) -> Signature:
     return Signature(
         exact=_digest(turns, 16, example.tools),
         question=_number(_digest(turns[:-1], 8, example.tools)),
-        bands=_bands(minhash, text),
-        minhash=minhash,
+        bands=_bands(minhash, _must_agree(text)),
+        minhash=minhash.astype(np.uint8),
     )
 
 
@@ -96,23 +118,45 @@ def _rensa() -> Any:
 
 
 def _shingles(text: str) -> list[str]:
-    """Every 3 characters in a row of the letters and digits; a shorter text is one shingle."""
-    letters = "".join(filter(str.isalnum, _plain(text)))
+    """Every 3 characters in a row of the letters and digits; a shorter text is one shingle.
+
+    Of a text without any, of its signs.
+    """
+    plain = _plain(text)
+    letters = "".join(filter(str.isalnum, plain)) or "".join(c for c in plain if c.isprintable() and c != " ")
     return list({letters[i : i + SHINGLE] for i in range(max(1, len(letters) - SHINGLE + 1))})
 
 
-def _bands(minhash: np.ndarray, text: str) -> np.ndarray:
-    meaning = _must_agree(text)
-    keys = (blake2b(band.tobytes() + meaning, digest_size=8).digest() for band in minhash.reshape(NUM_BANDS, _ROWS))
+def _bands(minhash: np.ndarray, meaning: bytes) -> np.ndarray:
+    """One key for each band: the hash of its values and of what must agree."""
+    banded = minhash[: NUM_BANDS * _ROWS].astype("<u4").reshape(NUM_BANDS, _ROWS)
+    keys = (blake2b(band.tobytes() + meaning, digest_size=8).digest() for band in banded)
     return np.frombuffer(b"".join(keys), "<u8")
 
 
 def _must_agree(text: str) -> bytes:
     """The numbers and negations of a text in order: rows in which they differ are never near."""
-    plain = _NO_NUMBER.sub("", _plain(text))
-    numbers = " ".join(_NUMBER.findall(plain))
-    negations = " ".join(_NEGATION.findall(plain))
-    return f"\0{numbers}\0{negations}".encode()
+    plain = _plain(text)
+    found = [_sign_or_code(plain, m.start()) + m[0] for m in _DIGITS.finditer(plain)]
+    if not plain.isascii():
+        found += ["", *_HAN.findall(_NO_NUMBER.sub("", plain))]
+    found += ["", *_latin(_LATIN.findall(plain))]
+    return "\0".join(["", *found]).replace(" ", "").encode()
+
+
+def _sign_or_code(plain: str, at: int) -> str:
+    """What stands right before the digits at `at` and belongs to them."""
+    found = _BEFORE_DIGITS.search(plain, max(0, at - 10), at)
+    return found[0] if found else ""
+
+
+def _latin(words: list[str]) -> Iterator[str]:
+    """Numbers, each with the start of the word after it, and negations."""
+    for word, after in itertools.pairwise([*words, ""]):
+        if word.removesuffix("s") in _LATIN_NUMBERS:
+            yield f"{word} {after[:3]}"
+        elif word in _LATIN_NEGATIONS or word.endswith(("n't", "n’t")):
+            yield word.replace("’", "'")
 
 
 # ---- comparing
@@ -132,7 +176,7 @@ class Signatures:
         exact = np.frombuffer(b"".join(r.exact for r in rows), "<u8").reshape(-1, 2)
         question = np.array([r.question for r in rows], np.uint64)
         bands = np.stack([r.bands for r in rows], axis=1) if rows else np.zeros((NUM_BANDS, 0), np.uint64)
-        minhash = np.stack([r.minhash for r in rows]) if rows else np.zeros((0, NUM_PERM), np.uint32)
+        minhash = np.stack([r.minhash for r in rows]) if rows else np.zeros((0, NUM_PERM), np.uint8)
         return cls(exact, question, bands, minhash)
 
     def __len__(self) -> int:
@@ -166,46 +210,103 @@ def find_near(signatures: Signatures, threshold: float, alive: np.ndarray) -> np
 
     Only rows where `alive` take part. Greedy in order: a row goes if it is near one that stays, so in a chain
     A ~ B ~ C with A and C apart, B goes and C stays. Similarity is estimated from the signatures (standard error 0.03).
+    Memory: about 40 bytes a row, however many rows are near each other.
     """
     result = np.full(len(signatures), -1, np.int64)
-    pairs = [p for band in signatures.bands for p in _near_pairs(signatures.minhash, band, threshold, alive)]
-    if not pairs:
-        return result
-    found = np.unique(np.concatenate(pairs), axis=0)
-    for later, earlier in found[np.lexsort((found[:, 1], found[:, 0]))]:
-        if result[later] == -1 and result[earlier] == -1:
-            result[later] = earlier
+    rows = _with_neighbours(signatures, np.flatnonzero(alive))
+    for _ in range(_MAX_ROUNDS):
+        if len(rows):
+            rows = _follow_sure(signatures, threshold, rows, result)
+    _settle(_near_pairs(signatures, threshold, rows), result)
     return result
 
 
-def _near_pairs(
-    minhash_NP: np.ndarray, keys_N: np.ndarray, threshold: float, alive: np.ndarray
-) -> Iterator[np.ndarray]:
-    """(later, earlier) pairs of one band that are near, in pieces."""
-    rows = np.flatnonzero(alive)
+def _with_neighbours(signatures: Signatures, rows: np.ndarray) -> np.ndarray:
+    """Those of `rows` that share a bucket with another."""
+    has_any = np.zeros(len(rows), bool)
+    for band in signatures.bands:
+        keys = np.asarray(band)[rows]
+        order = np.argsort(keys)
+        keys = keys[order]
+        is_same = keys[1:] == keys[:-1]
+        has_any[order[1:][is_same]] = True
+        has_any[order[:-1][is_same]] = True
+    return rows[has_any]
+
+
+def _buckets(keys_N: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(`rows` sorted by bucket, then by number; for each the place where its bucket starts)."""
     keys = np.asarray(keys_N)[rows]
     order = np.argsort(keys, kind="stable")
-    rows, keys = rows[order], keys[order]
-    starts = np.maximum.accumulate(np.where(np.concatenate([[True], keys[1:] != keys[:-1]]), np.arange(len(keys)), 0))
-    for apart in range(1, _MAX_APART + 1):
-        at = np.flatnonzero(keys[apart:] == keys[:-apart]) if apart < len(keys) else np.zeros(0, np.int64)
-        if not len(at):
-            return
-        yield from _verified(minhash_NP, rows[at + apart], rows[at], threshold)
-    far = np.flatnonzero(np.arange(len(keys)) - starts > _MAX_APART)
-    yield from _verified(minhash_NP, rows[far], rows[starts[far]], threshold)
+    keys = keys[order]
+    is_new = np.ones(len(keys), bool)
+    is_new[1:] = keys[1:] != keys[:-1]
+    return rows[order], np.maximum.accumulate(np.where(is_new, np.arange(len(keys)), 0))
 
 
-def _verified(minhash_NP: np.ndarray, later: np.ndarray, earlier: np.ndarray, threshold: float) -> Iterator[np.ndarray]:
-    for start in range(0, len(later), _BATCH):
-        a, b = later[start : start + _BATCH], earlier[start : start + _BATCH]
-        is_near = similarity(minhash_NP[a], minhash_NP[b]) >= threshold
-        yield np.stack([a[is_near], b[is_near]], axis=1)
+def _follow_sure(signatures: Signatures, threshold: float, rows: np.ndarray, result: np.ndarray) -> np.ndarray:
+    """Decide what is sure, and return the rows that are still open. No list of pairs is made.
+
+    A row that is first in all its buckets stays: there is no earlier one to repeat. Those near it go. Both are compared
+    with all they meet then, so the next ones in their buckets are first. (Parallel greedy, arXiv:1202.3205.)
+    """
+    is_sure = np.ones(len(result), bool)
+    for band in signatures.bands:
+        ordered, start = _buckets(band, rows)
+        is_sure[ordered[start != np.arange(len(ordered))]] = False
+    for band in signatures.bands:
+        ordered, start = _buckets(band, rows[result[rows] == -1])
+        first = ordered[start]
+        met = (first != ordered) & is_sure[first]
+        later, earlier = _verified(signatures, ordered[met], signatures, first[met], threshold)
+        result[later] = earlier
+    return rows[(result[rows] == -1) & ~is_sure[rows]]
+
+
+def _near_pairs(signatures: Signatures, threshold: float, rows: np.ndarray) -> np.ndarray:
+    """int64 [pairs, 2]: (later, earlier) of those of `rows` that are near, in order."""
+    size = max(1, len(signatures))
+    found = np.zeros(0, np.int64)
+    for band in signatures.bands:
+        ordered, start = _buckets(band, rows)
+        pairs = [_near_apart(signatures, threshold, ordered, start, apart) for apart in range(1, _MAX_APART + 1)]
+        far = np.arange(len(ordered)) - start > _MAX_APART
+        pairs.append(_verified(signatures, ordered[far], signatures, ordered[start[far]], threshold))
+        found = np.unique(np.concatenate([found, *(later * size + earlier for later, earlier in pairs)]))
+    return np.stack(np.divmod(found, size), axis=1)
+
+
+def _near_apart(
+    signatures: Signatures, threshold: float, ordered: np.ndarray, start: np.ndarray, apart: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Near pairs of rows that are so far apart in one bucket."""
+    at = np.flatnonzero(np.arange(len(ordered)) - start >= apart)
+    return _verified(signatures, ordered[at], signatures, ordered[at - apart], threshold)
+
+
+def _settle(pairs: np.ndarray, result: np.ndarray) -> None:
+    """Walk the pairs in order of the later row: whether the earlier one stays is known by then."""
+    for later, earlier in pairs.tolist():
+        if result[later] == -1 and result[earlier] == -1:
+            result[later] = earlier
+
+
+def _verified(
+    left: Signatures, left_rows: np.ndarray, right: Signatures, right_rows: np.ndarray, threshold: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Those pairs of `left_rows` and `right_rows` that are near."""
+    is_near = np.zeros(len(left_rows), bool)
+    for start in range(0, len(left_rows), _BATCH):
+        a, b = left_rows[start : start + _BATCH], right_rows[start : start + _BATCH]
+        is_near[start : start + _BATCH] = similarity(left.minhash[a], right.minhash[b]) >= threshold
+    return left_rows[is_near], right_rows[is_near]
 
 
 def similarity(left_NP: np.ndarray, right_NP: np.ndarray) -> np.ndarray:
-    """Estimated Jaccard similarity, row by row."""
-    return np.asarray((left_NP == right_NP).mean(axis=-1))
+    """Estimated Jaccard similarity, row by row: the share of equal values less those that 8 bits make equal by chance
+    (b-bit minwise hashing, arXiv:0910.3349)."""
+    equal = (left_NP == right_NP).mean(axis=-1)
+    return np.asarray((256 * equal - 1) / 255)
 
 
 def find_leaks(rows: Signatures, held_out: Signatures, near: float | None) -> tuple[np.ndarray, np.ndarray]:
@@ -245,14 +346,13 @@ def _near_in(
     """As `_lookup` for one band, with candidates checked; every held-out row of a bucket is tried."""
     result = np.full(len(mine_N), -1, np.int64)
     order = np.argsort(theirs_M, kind="stable")
-    ordered = theirs_M[order]
-    low, high = (np.searchsorted(ordered, mine_N, side) for side in ("left", "right"))
-    left = np.flatnonzero(high > low)
-    offset = 0
+    theirs_M = theirs_M[order]
+    at = np.searchsorted(theirs_M, mine_N)
+    left = np.flatnonzero(theirs_M[np.minimum(at, len(theirs_M) - 1)] == mine_N)
+    at, end = at[left], np.searchsorted(theirs_M, mine_N[left], "right")
     while len(left):
-        candidates = order[low[left] + offset]
-        is_near = similarity(rows.minhash[left], held_out.minhash[candidates]) >= threshold
-        result[left[is_near]] = candidates[is_near]
-        offset += 1
-        left = left[~is_near & (low[left] + offset < high[left])]
+        found, candidates = _verified(rows, left, held_out, order[at], threshold)
+        result[found] = candidates
+        is_open = (result[left] == -1) & (at + 1 < end)
+        left, at, end = left[is_open], at[is_open] + 1, end[is_open]
     return result
