@@ -33,7 +33,7 @@ def check(
     from pingjia import chat, data
 
     tokenizer = chat.load_tokenizer(model) if model else None
-    report = data.check_files(files, tokenizer, cutoff_len)
+    report = data.check_files(files, tokenizer, cutoff_len, content=True)
     if as_json:
         console.print_json(json.dumps(report.to_dict(), ensure_ascii=False))
     else:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
 from pingjia.cli.console import console, duration, megabytes, progress_bar
 from pingjia.cli.schema import Recipe, ledger_path, load_recipe
@@ -69,7 +70,10 @@ def _hooks(progress: Progress, should_stop: Callable[[], bool], on_start: Callab
         rate = f"{log.num_tokens / log.seconds:.0f} tok/s, {log.num_learnt / log.seconds:.0f} learnt/s"
         progress.update(task, completed=log.step, note=f"loss {log.loss:.3f}  {rate}")
         if log.eval_loss is not None:
-            console.print(f"  epoch {log.epoch:g}: loss {log.loss:.3f}, held-out loss {log.eval_loss:.3f}")
+            phase = f"{log.phase}, " if log.phase else ""
+            console.print(f"  {phase}epoch {log.epoch:g}: loss {log.loss:.3f}, held-out loss {log.eval_loss:.3f}")
+        if log.event is not None:
+            console.print(f"  update {log.step}: {log.event}", markup=False)
 
     return Hooks(on_plan=on_plan, on_step=on_step, should_stop=should_stop)
 
@@ -106,10 +110,24 @@ def _print_plan(plan: TrainPlan) -> None:
         f"  {plan.num_rows} rows, {plan.num_tokens:,} tokens of which {plan.num_learnt:,} are learnt; "
         f"longest row {plan.longest} tokens; {plan.num_steps} updates"
     )
+    _print_rates(plan)
     for problem in plan.dropped:
         console.print(f"  dropped: {problem}", markup=False)
     if plan.resume_from is not None:
         console.print(f"  going on from {plan.resume_from}")
+
+
+def _print_rates(plan: TrainPlan) -> None:
+    """Which layers learn at which rate; only where there is more than one line to it."""
+    if len(plan.rates) < 2:
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("  phase", "layers", "modules", "rate", "parameters", "updates"):
+        table.add_column(name, justify="right" if name in ("rate", "parameters", "updates") else "left")
+    for row in plan.rates:
+        count, steps = f"{row.num_parameters:,}", str(row.num_steps)
+        table.add_row(f"  {row.phase}", row.layers, ", ".join(row.modules), f"{row.rate:g}", count, steps)
+    console.print(table)
 
 
 def _print_result(result: TrainResult) -> None:

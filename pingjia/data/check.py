@@ -16,8 +16,11 @@ from typing import Any
 
 from pingjia.chat.tokenizer import Tokenizer
 from pingjia.data.encode import encode_example
+from pingjia.data.language import identify
+from pingjia.data.personal import find_personal
 from pingjia.data.problems import Problem
 from pingjia.data.read import Reader
+from pingjia.data.rules import check_rules
 from pingjia.data.script import count_han, count_letters
 from pingjia.data.seen import Seen
 from pingjia.types import Example
@@ -83,14 +86,17 @@ def check_files(
     cutoff_len: int | None = None,
     *,
     domains: Collection[str] | None = None,
+    content: bool = False,
 ) -> CheckReport:
     """Read and check `files` as training would. Memory: 16 bytes per row, 33 at the end, besides the problems kept.
 
     With a tokenizer, lengths are in tokens and a row over `cutoff_len` is a problem. With `domains`, rows of other
-    domains are still checked but not counted as examples. Raises DataError for a `samples:` name that is not packaged,
-    ModelError when the tokenizer's template is unfit for training.
+    domains are still checked but not counted as examples. With `content`, so is what a row says, by the rules of
+    `rules.py` (problems), and personal data is noted; languages are then told from the texts.
+    Raises DataError for a `samples:` name that is not packaged, ModelError when the tokenizer's template is unfit for
+    training.
     """
-    check = _Check(tuple(map(str, files)), tokenizer, cutoff_len)
+    check = _Check(tuple(map(str, files)), tokenizer, cutoff_len, content)
     reader = Reader(check.problem, check.note)
     for example, layout in reader.read(check.report.files):
         if domains is None or example.domain in domains:
@@ -102,8 +108,11 @@ def check_files(
 class _Check:
     """The report while it grows."""
 
-    def __init__(self, files: tuple[str, ...], tokenizer: Tokenizer | None, cutoff_len: int | None) -> None:
+    def __init__(
+        self, files: tuple[str, ...], tokenizer: Tokenizer | None, cutoff_len: int | None, content: bool
+    ) -> None:
         self.report = CheckReport(files)
+        self._content = content
         self._tokenizer = tokenizer
         self._cutoff_len = cutoff_len
         self._lengths = Counter[int]()
@@ -134,14 +143,15 @@ class _Check:
 
     def example(self, example: Example, layout: str) -> None:
         size = self._measure(example)
-        if size is None:
+        if size is None or (self._content and not self._says_well(example)):
             return
         self.report.num_examples += 1
         self._lengths[size] += 1
         heapq.heappush(self._longest, (size, example.where))
         if len(self._longest) > _NUM_LONGEST:
             heapq.heappop(self._longest)
-        for name, value in (("domains", example.domain), ("langs", example.lang), ("layouts", layout)):
+        lang = self._language(example) if self._content else example.lang
+        for name, value in (("domains", example.domain), ("langs", lang), ("layouts", layout)):
             self._counts[name][value or "-"] += 1
         self._count_characters(example)
         self._seen.add(example)
@@ -155,6 +165,21 @@ class _Check:
             self.problem(encoded)
             return None
         return len(encoded.ids)
+
+    def _says_well(self, example: Example) -> bool:
+        """Whether no rule has anything against what the row says. Personal data is only noted."""
+        file, _, line = example.where.rpartition(":")
+        kinds = Counter(p.kind for m in example.messages for p in find_personal(m.content))
+        for kind, count in kinds.items():
+            reason = f"personal data: {kind}, {count} times; `data prepare` masks it with personal.action=mask"
+            self.note(Problem(file, int(line), "messages", reason, f"personal.{kind}"))
+        findings = check_rules(example)
+        for finding in findings:
+            self.problem(Problem(file, int(line), finding.field, finding.reason, finding.rule))
+        return not findings
+
+    def _language(self, example: Example) -> str:
+        return identify("\n".join(m.content for m in example.messages if m.role in ("user", "assistant"))).lang
 
     def _count_characters(self, example: Example) -> None:
         for message in example.messages:
