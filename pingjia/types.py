@@ -6,6 +6,7 @@ No behaviour beyond checking itself; nothing here knows torch, sockets or files.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -17,11 +18,41 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call of a tool. `arguments` is the JSON text of an object. `id` links it to its result; it may be empty."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+    @property
+    def text(self) -> str:
+        """The call as one line of JSON."""
+        return f'{{"name": {json.dumps(self.name, ensure_ascii=False)}, "arguments": {self.arguments}}}'
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. `role` is one of ROLES."""
+    """One turn of a conversation. `role` is one of ROLES.
+
+    An assistant's turn may hold `tool_calls`; a tool's turn may say which `name` it has and which call it answers.
+    `learn`: whether training learns this turn, if it is the assistant's. An assistant's turn that is only read is
+    rendered like any other.
+    """
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str = ""
+    tool_call_id: str = ""
+    learn: bool = True
+
+    @property
+    def text(self) -> str:
+        """All that the turn says: its content, then each call on a line of its own."""
+        if not self.tool_calls:
+            return self.content
+        return "\n".join(part for part in (self.content, *(call.text for call in self.tool_calls)) if part)
 
 
 Prompt = str | Sequence[Message]
@@ -57,7 +88,7 @@ class Example:
 
     @property
     def response(self) -> str:
-        return self.messages[-1].content
+        return self.messages[-1].text
 
 
 @dataclass(frozen=True, slots=True)

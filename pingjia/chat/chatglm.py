@@ -13,6 +13,9 @@ Which generation a directory holds is told from its files and keys, never from i
   there (published later), or else `seq_length` 8192 in config.json (v2 was published with 32768). So an early copy of
   chatglm3-6b-32k, which has none of these, is taken for v2: put `"chat_format": "chatglm3"` into that file.
 
+Tools: v3 has a form of its own, as published. v1 and v2 know neither a system message nor tools; the plain form
+(`tools.py`) then is part of the first question, a call is an answer, and its result the next question.
+
 Not here: the SentencePiece file itself (`sentencepieces.py`), post-processing of text (`text_stages.py`).
 """
 
@@ -22,9 +25,11 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pingjia.chat.calls import python_call
 from pingjia.chat.sentencepieces import PieceStream, Vocabulary
 from pingjia.chat.text_stages import ChinesePunctuation, CleanUpSpaces, Replace, StagedStream, Strip, TextStage
 from pingjia.chat.tokenizer import (
@@ -35,6 +40,7 @@ from pingjia.chat.tokenizer import (
     check_text,
     learn_answers,
 )
+from pingjia.chat.tools import as_tools, linked, plain, uses_tools
 from pingjia.errors import ModelError, RequestError, StorageError
 from pingjia.types import Encoded, Example, Message
 
@@ -42,6 +48,7 @@ _V1_FILE, _V2_FILE = "ice_text.model", "tokenizer.model"
 _V1_KEYS = ("inner_hidden_size", "position_encoding_2d", "max_sequence_length")
 _V2_KEYS = ("multi_query_group_num", "padded_vocab_size", "ffn_hidden_size")
 _V3_SEQ_LENGTH = 8192
+_V3_TOOLS = "Answer the following questions as best as you can. You have access to the following tools:"  # as published
 _TRAINING_TIME = {"[[训练时间]]": "2023年"}
 
 
@@ -102,7 +109,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _rounds(messages: Sequence[Message]) -> tuple[list[tuple[str, str]], str | None]:
     """(finished rounds, the open question or None). A system message goes in front of the first question.
 
-    v1 and v2 know neither roles nor tools. Raises RequestError for turns that do not alternate.
+    Raises RequestError for turns that do not alternate.
     """
     system = messages[0].content + "\n" if messages[0].role == "system" else ""
     turns = list(messages[1:] if system else messages)
@@ -115,6 +122,16 @@ def _rounds(messages: Sequence[Message]) -> tuple[list[tuple[str, str]], str | N
     turns[0] = Message("user", system + turns[0].content)
     finished = [(q.content, a.content) for q, a in zip(turns[0::2], turns[1::2], strict=False)]
     return finished, turns[-1].content if len(turns) % 2 else None
+
+
+def _texts(
+    messages: Sequence[Message | Mapping[str, Any]], tools: Sequence[str | Mapping[str, Any]] = ()
+) -> tuple[Message, ...]:
+    """A conversation checked, with tools in the plain form."""
+    turns, listed = as_messages(messages), as_tools(tools)
+    if not listed and not uses_tools(turns):
+        return turns
+    return plain(linked(turns), listed, has_results=False)
 
 
 def _open_question(messages: Sequence[Message]) -> tuple[list[tuple[str, str]], str]:
@@ -286,12 +303,17 @@ class ChatGLMTokenizer(_SentencePieceTokenizer):
 
     # conversations
 
-    def render(self, messages: Sequence[Message | Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[str | Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Ids of a conversation; see `Tokenizer.render`. A system message is put before the first question.
 
         Without generation prompt: the answered conversation with its end, or the question without [gMASK] <sop>.
         """
-        turns = as_messages(messages)
+        turns = _texts(messages, tools)
         if not add_generation_prompt and turns[-1].role == "assistant":
             return [*self.render(turns[:-1]), *self._encode_plain(turns[-1].content), self.special_ids["eop"]]
         ids = self._encode_plain(_v1_prompt(*_open_question(turns)))
@@ -301,9 +323,9 @@ class ChatGLMTokenizer(_SentencePieceTokenizer):
         return [*self.encode(text), *self._opening]
 
     def encode_example(self, example: Example) -> Encoded:
-        check_example(example)
-        answer = [*self._encode_plain(example.response), self.special_ids["eop"]]
-        return learn_answers(self.render(example.prompt), [answer], self.stop_ids, example.where)
+        *prompt, last = _texts(check_example(example), example.tools)
+        answer = [*self._encode_plain(last.content), self.special_ids["eop"]]
+        return learn_answers(self.render(prompt), [answer], self.stop_ids, example.where)
 
 
 def _v1_prompt(finished: Sequence[tuple[str, str]], question: str) -> str:
@@ -362,12 +384,17 @@ class ChatGLM2Tokenizer(_SentencePieceTokenizer):
     def _stages(self) -> list[TextStage]:
         return [CleanUpSpaces()]
 
-    def render(self, messages: Sequence[Message | Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[str | Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Ids of a conversation; see `Tokenizer.render`. A system message is put before the first question.
 
         Without generation prompt: the answered conversation with its end, or the question without 答：.
         """
-        turns = as_messages(messages)
+        turns = _texts(messages, tools)
         if not add_generation_prompt and turns[-1].role == "assistant":
             return [*self.render(turns[:-1]), *self.encode(turns[-1].content), self.special_ids["eos"]]
         text = _v2_prompt(*_open_question(turns))
@@ -377,9 +404,9 @@ class ChatGLM2Tokenizer(_SentencePieceTokenizer):
         return [*self._opening, *self.encode(text)]
 
     def encode_example(self, example: Example) -> Encoded:
-        check_example(example)
-        answer = [*self.encode(example.response), self.special_ids["eos"]]
-        return learn_answers(self.render(example.prompt), [answer], self.stop_ids, example.where)
+        *prompt, last = _texts(check_example(example), example.tools)
+        answer = [*self.encode(last.content), self.special_ids["eos"]]
+        return learn_answers(self.render(prompt), [answer], self.stop_ids, example.where)
 
 
 def _v2_prompt(finished: Sequence[tuple[str, str]], question: str) -> str:
@@ -393,8 +420,8 @@ def _v2_prompt(finished: Sequence[tuple[str, str]], question: str) -> str:
 class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
     """ChatGLM3-6B. `<|role|>`, metadata, a line break, content; every answer of an example is learnt.
 
-    A message given as a mapping may also carry `tools` (a list, on the system message) and `metadata` (on an assistant
-    message that calls a tool: the tool's name). The role "tool" is `<|observation|>`.
+    Tools are listed in the system message. A call is a message of its own with the tool's name as metadata; text before
+    it is another one. The role "tool" is `<|observation|>`, which also ends a call.
     """
 
     family = "chatglm3"
@@ -407,64 +434,70 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
     def _stages(self) -> list[TextStage]:
         return []
 
-    def render(self, messages: Sequence[Message | Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[str | Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Ids of a conversation; see `Tokenizer.render`.
 
-        Without generation prompt an answer at the end is closed with </s>.
+        Without generation prompt an answer at the end is closed with </s>, a call with <|observation|>.
         """
-        ids = [*self._opening, *(i for turn in _v3_turns(messages) for i in self._turn(*turn))]
+        turns = _v3_turns(as_messages(messages), as_tools(tools))
+        ids = [*self._opening, *(i for turn in turns for i in self._turn(turn))]
         if add_generation_prompt:
             return [*ids, self.special_ids["assistant"]]
-        answered = as_messages([_bare(m) for m in messages])[-1].role == "assistant"
-        return [*ids, self.special_ids["eos"]] if answered else ids
+        return [*ids, self._end_of(turns[-1])] if turns[-1].role == "assistant" else ids
 
-    def _turn(self, role: str, metadata: str, content: str) -> list[int]:
-        return [self.special_ids[role], *self._after_role(metadata, content)]
+    def _turn(self, turn: _Turn) -> list[int]:
+        role = self.special_ids[turn.role]
+        parts = ((role, *self.encode(f"{metadata}\n"), *self.encode(content)) for metadata, content in turn.parts)
+        return [i for part in parts for i in part]
 
-    def _after_role(self, metadata: str, content: str) -> list[int]:
-        return [*self.encode(f"{metadata}\n"), *self.encode(content)]
+    def _end_of(self, answer: _Turn) -> int:
+        metadata, _ = answer.parts[-1]
+        return self.special_ids["observation" if metadata else "eos"]
 
     def encode_example(self, example: Example) -> Encoded:
-        check_example(example)
-        turns = _v3_turns(example.messages)
-        first = next(i for i, (role, _, _) in enumerate(turns) if role == "assistant")
-        prompt = self.render(example.messages[:first]) if first else [*self._opening, self.special_ids["assistant"]]
+        messages = check_example(example)
+        turns = _v3_turns(messages, as_tools(example.tools))
+        first = next(i for i, turn in enumerate(turns) if turn.role == "assistant")
+        prompt = [*self._opening, *(i for turn in turns[:first] for i in self._turn(turn))]
         answers: list[list[int]] = []
-        for role, metadata, content in turns[first:]:
-            if role == "assistant":
+        for turn in turns[first:]:
+            if turn.role == "assistant":
                 answers.append([])
-            answers[-1] += self._turn(role, metadata, content)
-        return learn_answers(prompt, self._shifted(answers), self.stop_ids, example.where)
+            answers[-1] += self._turn(turn)
+        wanted = [m.learn for m in messages if m.role == "assistant"]
+        shifted = self._shifted(answers, self._end_of(turns[-1]))
+        return learn_answers([*prompt, self.special_ids["assistant"]], shifted, self.stop_ids, example.where, wanted)
 
-    def _shifted(self, answers: Sequence[list[int]]) -> list[list[int]]:
+    def _shifted(self, answers: Sequence[list[int]], last_end: int) -> list[list[int]]:
         """Move each answer's role token to the end of the one before it: it is part of the prompt it belongs to."""
-        ends = [[self.special_ids["assistant"]]] * (len(answers) - 1) + [[self.special_ids["eos"]]]
-        return [answer[1:] + end for answer, end in zip(answers, ends, strict=True)]
+        ends = [self.special_ids["assistant"]] * (len(answers) - 1) + [last_end]
+        return [[*answer[1:], end] for answer, end in zip(answers, ends, strict=True)]
 
 
-def _bare(message: Message | Mapping[str, Any]) -> Message | Mapping[str, Any]:
-    if not isinstance(message, Mapping):
-        return message
-    return {k: v for k, v in message.items() if k not in ("tools", "metadata")}
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A turn as v3 writes it: messages (metadata, content) of one role."""
+
+    role: str
+    parts: tuple[tuple[str, str], ...]
 
 
-def _v3_turns(messages: Sequence[Message | Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """(role, metadata, content) of every message."""
-    listed = [_bare(m) for m in messages] if isinstance(messages, list | tuple) else messages
-    checked = as_messages(listed)
-    return [_v3_turn(i, given, bare) for i, (given, bare) in enumerate(zip(messages, checked, strict=True))]
+def _v3_turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[_Turn]:
+    turns = [_v3_turn(m) for m in linked(messages)]
+    if not tools:
+        return turns
+    has_system = turns[0].role == "system"
+    head = turns[0].parts[0][1] if has_system else _V3_TOOLS
+    listed = json.dumps([tool["function"] for tool in tools], indent=4, ensure_ascii=False)
+    return [_Turn("system", (("", f"{head}\n{listed}"),)), *(turns[1:] if has_system else turns)]
 
 
-def _v3_turn(index: int, given: Message | Mapping[str, Any], bare: Message) -> tuple[str, str, str]:
-    extra = {k: given[k] for k in ("tools", "metadata") if k in given} if isinstance(given, Mapping) else {}
-    allowed = {"system": "tools", "assistant": "metadata"}.get(bare.role)
-    wrong = next((k for k in extra if k != allowed), None)
-    if wrong:
-        raise _bad(f"messages[{index}]: {wrong!r} does not belong to a {bare.role} message")
-    role = "observation" if bare.role == "tool" else bare.role
-    metadata, content = extra.get("metadata", ""), bare.content
-    if not isinstance(metadata, str) or "\n" in metadata:
-        raise _bad(f"messages[{index}].metadata must be a string without a line break")
-    if "tools" in extra:
-        content += "\n" + json.dumps(extra["tools"], indent=4, ensure_ascii=False)
-    return role, metadata, content
+def _v3_turn(message: Message) -> _Turn:
+    role = "observation" if message.role == "tool" else message.role
+    text = [("", message.content)] if message.content or not message.tool_calls else []
+    return _Turn(role, (*text, *((call.name, python_call(call)) for call in message.tool_calls)))

@@ -23,10 +23,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pingjia.chat.dialect import Dialect, Tools, find_dialect
 from pingjia.chat.pieces import stream_factory
-from pingjia.chat.specials import Specials
+from pingjia.chat.specials import Marked, Specials
 from pingjia.chat.template import ChatTemplate, Clock
 from pingjia.chat.tokenizer import StreamDecoder, as_messages, check_example, check_text, learn_answers
+from pingjia.chat.tools import as_tools, linked, plain, uses_tools
 from pingjia.errors import ModelError, RequestError, StorageError
 from pingjia.types import Encoded, Example, Message
 
@@ -120,14 +122,19 @@ class HFTokenizer:
 
     # ---- conversations
 
-    def render(self, messages: Sequence[Message | Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[str | Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Ids of a conversation; see `Tokenizer.render`.
 
         Raises ModelError for a model without a chat template.
         """
-        marked = self._specials.mark(as_messages(messages))
-        text = self._text(marked.messages, add_generation_prompt)
-        cuts = sorted((c for c in self._prompts(marked.messages) if text.startswith(c)), key=len)
+        marked = self._marked(as_messages(messages), as_tools(tools))
+        text = self._text(marked.messages, add_generation_prompt, marked.tools)
+        cuts = sorted((c for c in self._prompts(marked) if text.startswith(c)), key=len)
         return [i for piece in _pieces([*cuts, text]) for i in self._encode_piece(piece, marked.mark)]
 
     def encode_example(self, example: Example) -> Encoded:
@@ -136,9 +143,9 @@ class HFTokenizer:
         Raises ModelError when the template rewrites earlier turns (the prompt of training could not be the prompt of
         serving) or does not end answers with a stop token.
         """
-        check_example(example)
-        marked = self._specials.mark(example.messages)
-        texts = [*self._prompts(marked.messages), self._closed_text(marked.messages)]
+        messages = check_example(example)
+        marked = self._marked(messages, as_tools(example.tools))
+        texts = [*self._prompts(marked), self._closed_text(marked, has_calls=bool(messages[-1].tool_calls))]
         if not all(later.startswith(earlier) for earlier, later in pairwise(texts)):
             raise ModelError(
                 f"{example.where or 'example'}: the chat template does not keep the prompt in front of its answer (it "
@@ -146,27 +153,51 @@ class HFTokenizer:
                 "see different prompts; load the tokenizer with another template"
             )
         prompt, *answers = (self._encode_piece(p, marked.mark) for p in _pieces(texts))
-        return learn_answers(prompt, answers, self.stop_ids, example.where)
+        wanted = [m.learn for i, m in enumerate(marked.messages) if i and m.role == "assistant"]
+        return learn_answers(prompt, answers, self.stop_ids, example.where, wanted)
 
-    def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _marked(self, messages: Sequence[Message], tools: Tools) -> Marked:
+        """A conversation as the template reads it: in the plain form where it knows nothing of tools."""
+        if tools or uses_tools(messages):
+            messages, dialect = linked(messages), self._dialect
+            if not dialect.is_native:
+                has_results = dialect.results is not None
+                messages = plain(messages, tools, has_results=has_results, has_system=dialect.system)
+                tools = ()
+        return self._specials.mark(messages, tools)
+
+    @cached_property
+    def _dialect(self) -> Dialect:
         if self._template is None:
             raise ModelError(_NO_TEMPLATE)
-        return self._template.render(messages, add_generation_prompt)
+        template = self._template
+        return find_dialect(
+            lambda rows, tools: template.render_rows(rows, False, tools), lambda text: len(self._specials.written(text))
+        )
 
-    def _prompts(self, messages: Sequence[Message]) -> list[str]:
+    def _text(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools = ()) -> str:
+        if self._template is None:
+            raise ModelError(_NO_TEMPLATE)
+        dialect = self._dialect if tools or uses_tools(messages) else Dialect()
+        return self._template.render(messages, add_generation_prompt, tools, dialect)
+
+    def _prompts(self, chat: Marked) -> list[str]:
         """For each answer, the text of the prompt that it answers."""
-        return [self._text(messages[:i], True) for i, m in enumerate(messages) if i and m.role == "assistant"]
+        answers = (i for i, m in enumerate(chat.messages) if i and m.role == "assistant")
+        return [self._text(chat.messages[:i], True, chat.tools) for i in answers]
 
-    def _closed_text(self, messages: Sequence[Message]) -> str:
+    def _closed_text(self, chat: Marked, *, has_calls: bool) -> str:
         """The text of an example with the last answer's end in it.
 
-        Some templates (GLM-4) end an answer only by beginning the next turn; then one more turn is rendered.
+        Some templates (GLM-4) end an answer only by beginning the next turn, which says whether a question or a result
+        is waited for; then one more turn is rendered.
         """
-        text = self._text(messages, False)
-        prompt = self._text(messages[:-1], True)
+        text = self._text(chat.messages, False, chat.tools)
+        prompt = self._text(chat.messages[:-1], True, chat.tools)
         if any(i in self.stop_ids for i in self._specials.written(text[len(prompt) :])):
             return text
-        longer = self._text([*messages, Message("user", "?")], False)
+        role = "tool" if has_calls and self._dialect.results else "user"
+        longer = self._text(linked([*chat.messages, Message(role, "?")]), False, chat.tools)
         return longer if longer.startswith(text) else text
 
     def _end_of_turn(self) -> frozenset[int]:

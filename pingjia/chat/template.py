@@ -18,6 +18,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from pingjia.chat.dialect import Dialect, Row, Tools
 from pingjia.errors import ModelError, RequestError
 from pingjia.types import Message
 
@@ -47,10 +48,19 @@ class ChatTemplate:
         """The same template on another clock."""
         return ChatTemplate(self.source, self.tokens, clock)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Tools = (),
+        dialect: Dialect = Dialect(),  # noqa: B008  (immutable)
+    ) -> str:
         """The text of a conversation. RequestError (param "messages") when the template refuses it."""
-        rows = [{"role": m.role, "content": m.content} for m in messages]
-        values = {"messages": rows, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+        return self.render_rows(dialect.rows(messages, tools), add_generation_prompt, dialect.variable(tools))
+
+    def render_rows(self, rows: Sequence[Row], add_generation_prompt: bool, tools: Tools | None) -> str:
+        """The same for what the template itself reads."""
+        values = {"messages": rows, "add_generation_prompt": add_generation_prompt, "tools": tools, "documents": None}
         template = self._compiled
         try:
             return template.render(**values, **self.tokens)

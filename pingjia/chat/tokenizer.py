@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from pingjia.chat.tools import Malformed, read_call
 from pingjia.errors import ModelError, RequestError
-from pingjia.types import ROLES, Encoded, Example, Message
+from pingjia.types import ROLES, Encoded, Example, Message, ToolCall
 
 
 class StreamDecoder(Protocol):
@@ -54,10 +56,17 @@ class Tokenizer(Protocol):
         """Text of ids, special tokens left out, the family's post-processing applied."""
         ...
 
-    def render(self, messages: Sequence[Message | Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation. Special-token strings inside contents stay plain text.
+    def render(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[str | Mapping[str, Any]] = (),
+    ) -> list[int]:
+        """Ids of a conversation. Special-token strings inside contents, calls and tools stay plain text.
 
-        Raises RequestError (param "messages") for a conversation that cannot be rendered.
+        `tools` are what the assistant may call, each an object or its JSON text. They reach the model in the form it
+        was taught, or in the plain form of `tools.py`. Raises RequestError (param "messages" or "tools") for a
+        conversation that cannot be rendered.
         """
         ...
 
@@ -66,7 +75,10 @@ class Tokenizer(Protocol):
         ...
 
     def encode_example(self, example: Example) -> Encoded:
-        """Ids of a whole example and which of them are learnt; `render(example.prompt)` is an exact prefix."""
+        """Ids of a whole example and which of them are learnt.
+
+        `render(example.prompt, tools=example.tools)` is an exact prefix.
+        """
         ...
 
     def stream(self) -> StreamDecoder:
@@ -93,10 +105,7 @@ def as_messages(messages: Sequence[Message | Mapping[str, Any]]) -> tuple[Messag
 
 def _as_message(item: Message | Mapping[str, Any], index: int) -> Message:
     if isinstance(item, Mapping):
-        unknown = [k for k in item if k not in ("role", "content")]
-        if unknown:
-            raise _bad(f"messages[{index}]: unknown key {unknown[0]!r}; a message has role and content")
-        item = Message(item.get("role"), item.get("content"))  # type: ignore[arg-type]  # checked just below
+        item = _read_message(item, index)
     if not isinstance(item, Message):
         raise _bad(f"messages[{index}] must have role and content, not be a {type(item).__name__}")
     if item.role not in ROLES:
@@ -104,7 +113,49 @@ def _as_message(item: Message | Mapping[str, Any], index: int) -> Message:
     if not isinstance(item.content, str):
         raise _bad(f"messages[{index}].content must be a string, not {type(item.content).__name__}")
     check_text(item.content, f"messages[{index}].content")
-    return item
+    return _with_checked_links(item, index) if item.tool_calls or item.name or item.tool_call_id else item
+
+
+_OWN_KEYS = {"assistant": ("tool_calls",), "tool": ("name", "tool_call_id")}
+
+
+def _read_message(item: Mapping[str, Any], index: int) -> Message:
+    """What a mapping says, still unchecked but for its keys."""
+    allowed = ("role", "content", *_OWN_KEYS.get(str(item.get("role")), ()))
+    unknown = [k for k in item if k not in allowed]
+    if unknown:
+        raise _bad(f"messages[{index}]: unknown key {unknown[0]!r}; this message has {', '.join(allowed)}")
+    calls = item.get("tool_calls") or ()
+    content = "" if calls and item.get("content") is None else item.get("content")
+    links = [item.get(key) or "" for key in _OWN_KEYS["tool"]]
+    return Message(item.get("role"), content, calls, *links)  # type: ignore[arg-type]  # checked by the caller
+
+
+def _with_checked_links(item: Message, index: int) -> Message:
+    """The message with canonical calls, once it may have them."""
+    where = f"messages[{index}]"
+    for key, role in (("tool_calls", "assistant"), ("name", "tool"), ("tool_call_id", "tool")):
+        if getattr(item, key) and item.role != role:
+            raise _bad(f"{where}.{key} belongs to a message of role {role}, not {item.role}")
+    for key in _OWN_KEYS["tool"]:
+        if not isinstance(getattr(item, key), str):
+            raise _bad(f"{where}.{key} must be a string, not {type(getattr(item, key)).__name__}")
+        check_text(getattr(item, key), f"{where}.{key}")
+    if not isinstance(item.tool_calls, list | tuple):
+        raise _bad(f"{where}.tool_calls must be a list, not {type(item.tool_calls).__name__}")
+    calls = (_as_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(item.tool_calls))
+    return replace(item, tool_calls=tuple(calls))
+
+
+def _as_call(call: Any, where: str) -> ToolCall:
+    if isinstance(call, ToolCall):
+        call = {"id": call.id, "function": {"name": call.name, "arguments": call.arguments}}
+    try:
+        found = read_call(call)
+    except Malformed as e:
+        raise _bad(f"{where}{e.field and f'.{e.field}'}: {e.reason}") from None
+    check_text(found.id, f"{where}.id")
+    return found
 
 
 def check_text(text: str, field: str, param: str = "messages") -> None:
@@ -122,28 +173,36 @@ def _bad(message: str) -> RequestError:
     return RequestError(message, param="messages")
 
 
-def check_example(example: Example) -> None:
-    """Refuse an example that does not end with an answer. Raises RequestError (param "messages")."""
-    as_messages(example.messages)
-    if len(example.messages) < 2 or example.messages[-1].role != "assistant":
-        raise _bad(f"{example.where or 'example'}: the last message must be the assistant's answer, after a question")
+def check_example(example: Example) -> tuple[Message, ...]:
+    """The messages of an example. Raises RequestError (param "messages") unless an answer to learn ends it."""
+    messages = as_messages(example.messages)
+    where = example.where or "example"
+    if len(messages) < 2 or messages[-1].role != "assistant":
+        raise _bad(f"{where}: the last message must be the assistant's answer, after a question")
+    if not messages[-1].learn:
+        raise _bad(f"{where}: the last answer is not to be learnt; leave out what follows the last one that is")
+    return messages
 
 
 def learn_answers(
-    prompt_ids: Sequence[int], answers: Sequence[Sequence[int]], stop_ids: frozenset[int], where: str = ""
+    prompt_ids: Sequence[int],
+    answers: Sequence[Sequence[int]],
+    stop_ids: frozenset[int],
+    where: str = "",
+    wanted: Sequence[bool] | None = None,
 ) -> Encoded:
     """Join a prompt and what follows it; decide what is learnt. The one place that does, for every family.
 
     `answers[k]` are the ids of answer k, its end token, and everything up to where the next answer begins. Of each,
     the ids up to and including the first stop token are learnt: the answer and how it ends. The rest is only read, and
-    after the last answer's end it is dropped: nothing is learnt from it. Every assistant turn given here is learnt; a
-    family that can learn only the last one puts the others in the prompt.
+    after the last answer's end it is dropped: nothing is learnt from it. Every assistant turn given here is learnt, but
+    those that are not `wanted`; a family that can learn only the last one puts the others in the prompt.
 
     Raises ModelError when an answer holds no stop token: a model trained on it would never stop.
     """
     ids, learn = list(prompt_ids), [False] * len(prompt_ids)
-    for answer in answers:
-        end = next((i for i, token in enumerate(answer) if token in stop_ids), None)
+    for answer, is_wanted in zip(answers, wanted or [True] * len(answers), strict=True):
+        end = next((i for i, token in enumerate(answer) if token in stop_ids), None) if is_wanted else -1
         if end is None:
             raise ModelError(
                 f"{where or 'example'}: the chat template puts none of the stop tokens {sorted(stop_ids)} after an "

@@ -1,17 +1,21 @@
 """The layouts of a row: which keys mean the question, the answer and what went before.
 
 Recognised by their keys, row by row, without registration: prompt/response, alpaca, ShareGPT, OpenAI messages,
-context/target. Not here: files and JSON (`rows.py`), lengths and duplicates (`check.py`).
+context/target. Not here: files and JSON (`rows.py`), lengths and duplicates (`check.py`), and what makes a tool or a
+call (`chat/tools.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from pingjia.chat.tools import Malformed, parse_tool_calls, read_call, read_tool
 from pingjia.recipe import near_miss
-from pingjia.types import Example, Message
+from pingjia.types import Example, Message, ToolCall
 
 Faults = list[tuple[str, str]]
 """(field, reason) pairs; empty when a row is sound."""
@@ -29,6 +33,13 @@ _ROLES = {
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "function": "tool",
+}
+_CALL_ROLE = "function_call"  # its text is a call
+_PLAIN_KEYS = frozenset(("role", "content", "from", "value"))
+_OWN_KEYS = {
+    "assistant": _PLAIN_KEYS | {"tool_calls", "function_call", "weight"},
+    "tool": _PLAIN_KEYS | {"tool_call_id", "name", "weight"},
 }
 _FOLLOWS = {
     None: ("system", "user"),
@@ -37,8 +48,9 @@ _FOLLOWS = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
-_STRINGS = ("domain", "lang", "topic", "source", "reference")
+_STRINGS = ("domain", "lang", "topic", "source", "reference", "augmented_from")
 _LISTS = ("facts", "images")
+_EXTRAS = (*_STRINGS, *_LISTS, "tools", "functions", "weight")
 
 
 @dataclass(slots=True)
@@ -59,13 +71,19 @@ def parse_row(row: dict[str, Any], where: str) -> Parsed:
     faults: Faults = []
     messages = layout.read(row, faults)
     extras = _extras(row, faults)
+    tools = _tools(row, faults) if "tools" in row or "functions" in row else {}
     if not faults:
-        _check_order(messages, layout.list_key, len(messages) - _num_listed(row, layout), faults)
+        offset = len(messages) - _num_listed(row, layout)
+        _check_order(messages, layout.list_key, offset, faults)
+        if layout.has_turns:
+            _check_calls(messages, tools, layout.list_key, offset, faults)
     if "facts" in extras:
         _check_facts(messages, extras["facts"], faults)
-    unread = tuple(k for k in row if k not in _KNOWN[layout.name])
-    example = None if faults else Example(messages=tuple(messages), where=where, **extras)
-    return Parsed(layout.name, example, faults, unread)
+    unread = [k for k in row if k not in _KNOWN[layout.name]]
+    if layout.has_turns:
+        unread += _unread_in_turns(row, layout.list_key)
+    example = None if faults else Example(tuple(messages), where, tools=tuple(tools.values()), **extras)
+    return Parsed(layout.name, example, faults, tuple(unread))
 
 
 # ---- the layouts
@@ -105,17 +123,18 @@ class _Layout:
     keys: tuple[str, ...]  # everything that is read, besides the extras
     read: Callable[[dict[str, Any], Faults], list[Message]]
     list_key: str = "history"  # the field to name when turns are out of order
+    has_turns: bool = False
 
 
 _LAYOUTS = (
-    _Layout("messages", ("messages",), ("messages",), _read_messages, "messages"),
-    _Layout("sharegpt", ("conversations",), ("conversations", "system"), _read_sharegpt, "conversations"),
+    _Layout("messages", ("messages",), ("messages",), _read_messages, "messages", True),
+    _Layout("sharegpt", ("conversations",), ("conversations", "system"), _read_sharegpt, "conversations", True),
     _Layout("prompt", ("prompt", "response"), ("prompt", "response", "history", "system"), _read_prompt),
     _Layout("alpaca", ("instruction", "output"), ("instruction", "input", "output", "history", "system"), _read_alpaca),
     _Layout("context", ("context", "target"), ("context", "target"), _read_context),
 )
 LAYOUTS = tuple(layout.name for layout in _LAYOUTS)
-_KNOWN = {layout.name: frozenset((*layout.keys, *_STRINGS, *_LISTS)) for layout in _LAYOUTS}
+_KNOWN = {layout.name: frozenset((*layout.keys, *_EXTRAS)) for layout in _LAYOUTS}
 
 
 def _recognise(row: dict[str, Any]) -> _Layout | None:
@@ -177,16 +196,156 @@ def _turn(turn: Any, name: str, faults: Faults) -> Message | None:
         faults.append((name, f"must be an object with role and content (or from and value), not {_kind(turn)}"))
         return None
     role_key, text_key = ("from", "value") if "from" in turn or "value" in turn else ("role", "content")
-    if "weight" in turn or turn.get("tool_calls"):
-        key = "weight" if "weight" in turn else "tool_calls"
-        faults.append((f"{name}.{key}", "is not supported; every assistant turn is learnt as its text"))
     role = turn.get(role_key)
     known = _ROLES.get(role) if isinstance(role, str) else None
     if known is None:
         faults.append((f"{name}.{role_key}", f"must be one of {', '.join(_ROLES)}; found {role!r:.60}"))
-    # An answer of a tool may be empty; a question or an answer may not.
-    text = _text(turn, text_key, faults, may_be_empty=known in ("tool", "system"), prefix=f"{name}.")
+    if role == _CALL_ROLE or not _PLAIN_KEYS.issuperset(turn):
+        return _turn_with_more(turn, str(role), known, text_key, name, faults)
+    text = _content(turn, text_key, known, name, faults)
     return None if known is None else Message(known, text)
+
+
+def _content(turn: dict[str, Any], key: str, role: str | None, name: str, faults: Faults) -> str:
+    """The text of a turn; its parts joined, when it is a list of text parts."""
+    # An answer of a tool may be empty; a question or an answer may not.
+    may_be_empty = role in ("tool", "system")
+    if not isinstance(turn.get(key), list):
+        return _text(turn, key, faults, may_be_empty=may_be_empty, prefix=f"{name}.")
+    parts = (_part(part, f"{name}.{key}[{i}]", faults) for i, part in enumerate(turn[key]))
+    return _check_text("".join(parts), f"{name}.{key}", faults, may_be_empty=may_be_empty)
+
+
+def _part(part: Any, name: str, faults: Faults) -> str:
+    if not isinstance(part, dict):
+        faults.append((name, f"must be an object with type and text, not {_kind(part)}"))
+        return ""
+    if part.get("type") != "text":
+        faults.append(
+            (f"{name}.type", f"must be 'text', the only kind of part that is read; found {part.get('type')!r:.40}")
+        )
+        return ""
+    return _text(part, "text", faults, may_be_empty=True, prefix=f"{name}.")
+
+
+# ---- turns with calls, results and weights
+
+
+def _turn_with_more(
+    turn: dict[str, Any], role: str, known: str | None, text_key: str, name: str, faults: Faults
+) -> Message | None:
+    if role == _CALL_ROLE:
+        text, calls = _call_text(turn, text_key, name, faults)
+    else:
+        calls = _calls(turn, known, name, faults)
+        is_silent = bool(calls) and not turn.get(text_key)  # a call needs no words
+        text = "" if is_silent else _content(turn, text_key, known, name, faults)
+    learn = _learn(turn, known, name, faults)
+    if known is None:
+        return None
+    if known != "tool":
+        return Message(known, text, calls, learn=learn)
+    tool, call_id = (_link(turn, key, name, faults) for key in ("name", "tool_call_id"))
+    return Message(known, text, name=tool, tool_call_id=call_id)
+
+
+def _link(turn: dict[str, Any], key: str, name: str, faults: Faults) -> str:
+    return _text(turn, key, faults, may_be_empty=True, default="", prefix=f"{name}.")
+
+
+def _call_text(turn: dict[str, Any], key: str, name: str, faults: Faults) -> tuple[str, tuple[ToolCall, ...]]:
+    """A turn of the role function_call: JSON text of a call or of a list of calls, or the JSON itself."""
+    value = turn.get(key)
+    if isinstance(value, dict | list):
+        listed = value if isinstance(value, list) else [value]
+        return "", _read_calls(listed, f"{name}.{key}", faults)
+    text, calls = parse_tool_calls(_text(turn, key, faults, prefix=f"{name}."))
+    if not calls and isinstance(value, str) and value.strip():
+        form = '{"name": "...", "arguments": {...}}'
+        faults.append((f"{name}.{key}", f"must be a call, {form}, or a list of calls; found {value!r:.60}"))
+    return text, calls
+
+
+def _calls(turn: dict[str, Any], role: str | None, name: str, faults: Faults) -> tuple[ToolCall, ...]:
+    """`tool_calls` of a turn, or the older `function_call`, which is one call."""
+    given = [key for key in ("tool_calls", "function_call") if turn.get(key)]
+    if not given:
+        return ()
+    key, value = given[0], turn[given[0]]
+    if len(given) == 2:
+        faults.append((f"{name}.function_call", "says the same as tool_calls in an older form; leave one out"))
+    elif role not in (None, "assistant"):
+        faults.append((f"{name}.{key}", f"belongs to an assistant turn, not to one of {role}"))
+    elif key == "function_call":
+        return _read_calls([value], f"{name}.{key}", faults)
+    elif isinstance(value, list):
+        return _read_calls(value, f"{name}.{key}", faults)
+    else:
+        faults.append((f"{name}.{key}", f"must be a list of calls, not {_kind(value)}"))
+    return ()
+
+
+def _read_calls(values: list[Any], name: str, faults: Faults) -> tuple[ToolCall, ...]:
+    calls = []
+    for i, value in enumerate(values):
+        try:
+            calls.append(read_call(value))
+        except Malformed as e:
+            faults.append((f"{name}[{i}]{e.field and f'.{e.field}'}", e.reason))
+    return tuple(calls)
+
+
+def _learn(turn: dict[str, Any], role: str | None, name: str, faults: Faults) -> bool:
+    """Whether `weight` lets an assistant's turn be learnt: 1, as without it, or 0."""
+    weight = turn.get("weight")
+    if weight is None:
+        return True
+    if isinstance(weight, bool) or weight not in (0, 1):
+        faults.append(
+            (f"{name}.weight", f"must be 0 or 1, not {weight!r:.40}; a row can have a weight between, as its own key")
+        )
+    elif role not in (None, "assistant"):
+        faults.append(
+            (f"{name}.weight", f"belongs to an assistant turn, not to one of {role}; no other is ever learnt")
+        )
+    return bool(weight)
+
+
+def _tools(row: dict[str, Any], faults: Faults) -> dict[str, str]:
+    """Tools by name, as canonical JSON text. `functions` is the older name of the key."""
+    value = row.get("tools")
+    if value is None and row.get("functions") is None:
+        return {}
+    key, value = ("tools", value) if value is not None else ("functions", row["functions"])
+    if isinstance(value, str):
+        value = _decoded(value, key, faults)
+    if not isinstance(value, list):
+        faults.append((key, f"must be a list of tools, or its JSON text, not {_kind(value)}"))
+        return {}
+    tools: dict[str, str] = {}
+    for i, tool in enumerate(value):
+        try:
+            text = read_tool(tool)
+        except Malformed as e:
+            faults.append((f"{key}[{i}]{e.field and f'.{e.field}'}", e.reason))
+            continue
+        name = (tool.get("function") or tool)["name"]
+        if name in tools:
+            faults.append((f"{key}[{i}]", f"is the second tool called {name!r}"))
+        tools[name] = text
+    return tools
+
+
+def _decoded(text: str, key: str, faults: Faults) -> Any:
+    """JSON text of a list. No text is an empty list, as some data sets write it."""
+    try:
+        return json.loads(text) if text.strip() else []
+    except (ValueError, RecursionError) as e:
+        faults.append((key, f"is not JSON: {e}"))
+        return []
+
+
+# ---- texts and extras
 
 
 def _text(
@@ -230,18 +389,43 @@ def _surrogate(text: str) -> int | None:
 
 
 def _extras(row: dict[str, Any], faults: Faults) -> dict[str, Any]:
+    """What the row says beside its conversation; keys that it has not are left to their defaults."""
     extras: dict[str, Any] = {}
     for key in _STRINGS:
         if row.get(key) is not None:
             extras[key] = _text(row, key, faults, may_be_empty=True).strip() or None
     for key in _LISTS:
-        if (value := row.get(key)) is None:
-            continue
-        if not isinstance(value, list):
-            faults.append((key, f"must be a list of strings, not {_kind(value)}"))
-            value = None
-        extras[key] = tuple(_check_text(v, f"{key}[{i}]", faults) for i, v in enumerate(value or []))
+        if row.get(key) is not None:
+            extras[key] = tuple(_strings(row[key], key, faults))
+    if row.get("weight") is not None:
+        extras["weight"] = _weight(row["weight"], faults)
     return extras
+
+
+def _strings(value: Any, key: str, faults: Faults) -> Iterator[str]:
+    if not isinstance(value, list):
+        faults.append((key, f"must be a list of strings, not {_kind(value)}"))
+        return
+    for i, text in enumerate(value):
+        yield _check_text(text, f"{key}[{i}]", faults)
+
+
+def _weight(value: Any, faults: Faults) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        faults.append(("weight", f"must be a number, 0 or more, not {value!r:.40}"))
+        return 1.0
+    return float(value)
+
+
+def _unread_in_turns(row: dict[str, Any], key: str) -> list[str]:
+    turns = row[key] if isinstance(row[key], list) else []
+    more = [turn for turn in turns if isinstance(turn, dict) and not _PLAIN_KEYS.issuperset(turn)]
+    return [f"{key}[].{k}" for turn in more for k in turn if k not in _own_keys(turn)]
+
+
+def _own_keys(turn: dict[str, Any]) -> frozenset[str]:
+    role = turn.get("from", turn.get("role"))
+    return _OWN_KEYS.get(_ROLES.get(role, "") if isinstance(role, str) else "", _PLAIN_KEYS)
 
 
 def _kind(value: Any) -> str:
@@ -268,10 +452,29 @@ def _check_order(messages: list[Message], key: str, offset: int, faults: Faults)
         before = message.role
     if before != "assistant":
         faults.append((key, f"must end with an assistant turn, the answer to learn; it ends with {before}"))
+    elif not messages[-1].learn:
+        at = f"{key}[{len(messages) - 1 - offset}].weight"
+        faults.append((at, "is 0 on the last turn; leave out what follows the last answer to learn"))
+
+
+def _check_calls(messages: list[Message], tools: dict[str, str], key: str, offset: int, faults: Faults) -> None:
+    """A call must name a tool of the row, if it lists any; a result must answer a call of the turn before."""
+    calls: tuple[ToolCall, ...] = ()
+    for i, message in enumerate(messages):
+        if message.role != "tool":
+            calls = message.tool_calls
+            for j, call in enumerate(calls):
+                if tools and call.name not in tools:
+                    reason = f"calls {call.name!r}, which is not among the row's tools: {', '.join(tools)}"
+                    faults.append((f"{key}[{i - offset}].tool_calls[{j}]", reason))
+        elif message.tool_call_id and message.tool_call_id not in {call.id for call in calls}:
+            found = ", ".join(repr(call.id) for call in calls) or "none"
+            reason = f"{message.tool_call_id!r} is no call of the assistant's turn before, which has {found}"
+            faults.append((f"{key}[{i - offset}].tool_call_id", reason))
 
 
 def _check_facts(messages: list[Message], facts: tuple[str, ...], faults: Faults) -> None:
-    answer = messages[-1].content if messages else ""
+    answer = messages[-1].text if messages else ""
     for i, fact in enumerate(facts):
         if fact and fact not in answer:
             faults.append((f"facts[{i}]", f"{fact!r} does not stand in the answer"))

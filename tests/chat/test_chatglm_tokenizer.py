@@ -24,8 +24,9 @@ from pingjia.chat.text_stages import (
     Strip,
     clean_up_spaces,
 )
+from pingjia.chat.tools import parse_tool_calls
 from pingjia.errors import ModelError, RequestError
-from pingjia.types import Example, Message
+from pingjia.types import Example, Message, ToolCall
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "fixtures" / "chatglm"
 
@@ -396,21 +397,27 @@ def test_rendering_without_generation_prompt_is_what_an_example_holds(
 # ---- v3 roles and tools
 
 
+CALL = ToolCall("price", '{"area": 13, "near": ["北京", null, true], "a b": "x"}')
+
+
 def test_v3_roles(v3: ChatGLM3Tokenizer) -> None:
+    """A call is a message of its own: the tool's name in the line of the role, then Python, as published."""
     s, line_break = v3.special_ids, v3.encode("\n")
     ids = v3.render(
         [
-            {"role": "system", "content": "简短"},
-            {"role": "user", "content": "天气"},
-            {"role": "assistant", "content": "area", "metadata": "price"},
-            {"role": "tool", "content": "13"},
+            Message("system", "简短"),
+            Message("user", "天气"),
+            Message("assistant", "世界", (CALL,)),
+            Message("tool", "13"),
         ]
     )
+    code = '```python\ntool_call(area=13, near=["北京", None, True], **{"a b": "x"})\n```'
     assert ids == [
         *(s["gmask"], s["sop"]),
         *(s["system"], *line_break, *v3.encode("简短")),
         *(s["user"], *line_break, *v3.encode("天气")),
-        *(s["assistant"], *v3.encode("price\n"), *v3.encode("area")),
+        *(s["assistant"], *line_break, *v3.encode("世界")),
+        *(s["assistant"], *v3.encode("price\n"), *v3.encode(code)),
         *(s["observation"], *line_break, *v3.encode("13")),
         s["assistant"],
     ]
@@ -426,10 +433,24 @@ def test_v3_special_ids_follow_the_pieces_in_the_published_order(v3: ChatGLM3Tok
 
 
 def test_v3_tools_are_listed_in_the_system_message(v3: ChatGLM3Tokenizer) -> None:
-    tools = [{"name": "天气", "parameters": {}}]
-    ids = v3.render([{"role": "system", "content": "简短", "tools": tools}, {"role": "user", "content": "?"}])
-    listed = v3.encode("简短\n" + json.dumps(tools, indent=4, ensure_ascii=False))
-    assert ids[3 + len(v3.encode("\n")) :][: len(listed)] == listed
+    tool = {"name": "天气", "parameters": {}}
+    published = "Answer the following questions as best as you can. You have access to the following tools:"
+    for system, head in (([Message("system", "简短")], "简短"), ([], published)):
+        ids = v3.render([*system, Message("user", "?")], tools=[tool])
+        listed = v3.encode(f"{head}\n" + json.dumps([tool], indent=4, ensure_ascii=False))
+        assert ids[2] == v3.special_ids["system"]
+        assert ids[3 + len(v3.encode("\n")) :][: len(listed)] == listed
+
+
+def test_v3_a_call_ends_where_the_result_begins(v3: ChatGLM3Tokenizer) -> None:
+    """Both when the result follows and when the call is the last answer."""
+    turns = (Message("user", "天气"), Message("assistant", "世界", (CALL,)))
+    for messages in (turns, (*turns, Message("tool", "13"), Message("assistant", "很好"))):
+        encoded = v3.encode_example(Example(messages))
+        ids = [i for i, learn in zip(encoded.ids, encoded.learn, strict=True) if learn]
+        end = ids.index(v3.special_ids["observation"])
+        assert parse_tool_calls(v3.decode_answer(ids[:end])) == ("世界", (CALL,))
+        assert not v3.stop_ids.intersection(ids[:end])
 
 
 def test_v3_stops_at_the_end_at_a_user_and_at_an_observation(v3: ChatGLM3Tokenizer) -> None:
@@ -438,7 +459,7 @@ def test_v3_stops_at_the_end_at_a_user_and_at_an_observation(v3: ChatGLM3Tokeniz
 
 @pytest.mark.parametrize(
     "message",
-    [{"role": "user", "content": "a", "tools": []}, {"role": "assistant", "content": "a", "metadata": "x\ny"}],
+    [{"role": "user", "content": "a", "tools": []}, {"role": "assistant", "content": "a", "metadata": "x"}],
 )
 def test_v3_refuses_extras_that_do_not_belong(v3: ChatGLM3Tokenizer, message: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=r"messages\[0\]") as refused:

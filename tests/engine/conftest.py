@@ -47,7 +47,12 @@ class LetterTokenizer:
     def render_text(self, text: str) -> list[int]:
         return [1, *self.encode(text)]
 
-    def render(self, messages: Sequence[Message | Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[str | Mapping[str, Any]] = (),
+    ) -> list[int]:
         contents = [m.content if isinstance(m, Message) else m["content"] for m in messages]
         return [1, *self.encode("|".join(contents))]
 

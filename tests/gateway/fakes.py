@@ -37,7 +37,12 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i - FIRST_BYTE for i in ids if i >= FIRST_BYTE).decode("utf-8", "replace")
 
-    def render(self, messages: Sequence[Message | Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[str | Mapping[str, Any]] = (),
+    ) -> list[int]:
         self.threads.append(threading.current_thread().name)
         time.sleep(self.render_s)
         turns = "".join(f"{m.role}: {m.content}\n" for m in as_messages(messages))
