@@ -18,7 +18,7 @@ from pingjia.cli.main import app
 from pingjia.cli.schema import FLAT, AskSettings, Recipe
 from pingjia.cost.settings import CostSettings
 from pingjia.data.layouts import parse_row
-from pingjia.data.settings import DataSettings
+from pingjia.data.settings import DataSettings, PrepareSettings
 from pingjia.engine.settings import EngineSettings
 from pingjia.evaluate.settings import EvalSettings
 from pingjia.gateway.settings import GatewaySettings
@@ -32,6 +32,7 @@ SECTIONS: dict[str, type[recipes.Section]] = {
     "Model": ModelSettings,
     "Data": DataSettings,
     "Tuning": TuneSettings,
+    "prepare": PrepareSettings,
     "eval": EvalSettings,
     "serve": GatewaySettings,
     "engine": EngineSettings,
@@ -169,12 +170,21 @@ def test_every_section_of_the_recipe_has_a_table() -> None:
     assert set(flat) == set(FLAT)
 
 
+def fields_of(model: type[recipes.Section], before: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, field) of a section; of one inside it as outer.inner."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, recipes.Section):
+            yield from fields_of(field.annotation, f"{before}{name}.")
+        else:
+            yield before + name, field
+
+
 @pytest.mark.parametrize(("title", "model"), SECTIONS.items(), ids=SECTIONS)
 def test_recipe_table_is_the_model(title: str, model: type[recipes.Section]) -> None:
-    rows = table(title)
-    assert [row[0].strip("`") for row in rows] == list(model.model_fields)
+    rows, fields = table(title), dict(fields_of(model))
+    assert [row[0].strip("`") for row in rows] == list(fields)
     for key, kind, default, meaning in rows:
-        field = model.model_fields[key.strip("`")]
+        field = fields[key.strip("`")]
         assert kind, key
         assert meaning, key
         if field.is_required():
