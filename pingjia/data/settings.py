@@ -49,7 +49,7 @@ class DuplicateSettings(Section):
     """Which rows count as said already. `near`: estimated Jaccard similarity of character shingles; null: off."""
 
     exact: bool = True
-    near: Share | None = 0.85
+    near: float | None = Field(0.85, ge=0.7, le=1)  # below 0.7 the search would miss more than 7 % of the pairs
     leakage: bool = True  # training rows that equal, or nearly equal, a row of eval_dataset are rejected
 
 
