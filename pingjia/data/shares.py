@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from hashlib import blake2b
 from typing import Literal
 
 import numpy as np
 
 from pingjia.errors import DataError
+from pingjia.recipe import near_miss
 
 Method = Literal["down", "up", "weights"]
 
@@ -99,6 +101,11 @@ class DomainPlan:
             return True
         return all(abs(row.share_after - row.share_wanted) * total < 1 + 1e-9 for row in self.table)
 
+    @property
+    def short(self) -> tuple[DomainRow, ...]:
+        """The domains below their shares; none when the shares are reached."""
+        return () if self.is_reached else tuple(row for row in self.table if row.share_after < row.share_wanted)
+
 
 def plan_domains(
     domain_N: Sequence[str | None],
@@ -111,8 +118,9 @@ def plan_domains(
     """Bring the domains to their shares.
 
     down: the largest set without repeated rows; up: every row at least once, the short domains repeated up to
-    `max_repeat` times; weights: all rows once, weighted so that the mean weight is 1. Rows without a domain are a
-    domain of their own, "-". DataError for shares that do not fit the data.
+    `max_repeat` times; weights: all rows once, weighted so that the mean weight is 1. A domain with a share of 0 is
+    left out. Rows without a domain are a domain of their own, "-". The rows drawn depend on the seed and on the rows
+    of their domain alone. DataError for shares that do not fit the data.
     """
     names = [name or "-" for name in domain_N]
     counts = dict(Counter(names))
@@ -131,14 +139,15 @@ def _shares(counts: Mapping[str, int], target: Literal["balanced"] | Mapping[str
         return {name: Fraction(1, len(counts)) for name in counts}
     assert not isinstance(target, str)
     if missing := [name for name, share in target.items() if share > 0 and name not in counts]:
-        raise DataError(f"domains.target: no row of domain {missing[0]!r}; there are {_listed(counts)}")
+        close = near_miss(missing[0], counts)
+        raise DataError(f"domains.target: no row of domain {missing[0]!r}{close}; there are {_listed(counts)}")
     if unnamed := [name for name in counts if name not in target]:
         raise DataError(
             f"domains.target: gives no share to {unnamed[0]!r} ({counts[unnamed[0]]} rows); 0 leaves a domain out"
         )
     total = sum(target.values())
     if abs(total - 1) > 1e-9:
-        raise DataError(f"domains.target: the shares add up to {total:g}, not to 1")
+        raise DataError(f"domains.target: the shares add up to {total:.10g}, not to 1")
     exact = {name: Fraction(target[name]).limit_denominator(10**9) for name in counts}
     return {name: share / sum(exact.values()) for name, share in exact.items()}
 
@@ -181,21 +190,29 @@ def largest_remainder(total: int, shares: Mapping[str, Fraction]) -> dict[str, i
 def _draw(names: Sequence[str], wanted: Mapping[str, int], seed: int) -> np.ndarray:
     """How often each row is taken: whole rounds of a domain, and the rest drawn without putting back."""
     times = np.zeros(len(names), np.int64)
-    array = np.array(names, dtype=object)
-    for number, (name, quota) in enumerate(sorted(wanted.items())):
-        rows = np.flatnonzero(array == name)
-        rounds, rest = divmod(quota, len(rows))
+    for name, rows in _rows_by_domain(names).items():
+        rounds, rest = divmod(wanted[name], len(rows))
         times[rows] = rounds
-        times[np.random.default_rng([seed, number]).permutation(rows)[:rest]] += 1
+        name_seed = int.from_bytes(blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+        times[np.random.default_rng([seed, name_seed]).permutation(rows)[:rest]] += 1
     return times
 
 
+def _rows_by_domain(names: Sequence[str]) -> dict[str, np.ndarray]:
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    number_N = np.fromiter((number[name] for name in names), np.int32, len(names))
+    order = np.argsort(number_N, kind="stable")
+    ends = np.bincount(number_N, minlength=len(number)).cumsum()
+    return dict(zip(number, np.split(order, ends[:-1]), strict=True))
+
+
 def _weighted(names: Sequence[str], counts: Mapping[str, int], shares: Mapping[str, Fraction]) -> DomainPlan:
-    total = sum(counts.values())
+    before = sum(counts.values())
+    after = {name: count if shares[name] else 0 for name, count in counts.items()}
+    total = sum(after.values())  # of the rows that are trained on: their mean weight is 1
     weights = {name: float(shares[name] * total / counts[name]) for name in counts}
     table = tuple(
-        DomainRow(n, c, c if shares[n] else 0, c / total, float(shares[n]), float(shares[n]), weights[n])
-        for n, c in counts.items()
+        DomainRow(n, c, after[n], c / before, float(shares[n]), float(shares[n]), weights[n]) for n, c in counts.items()
     )
     weight = np.array([weights[name] for name in names])
     return DomainPlan(table, (weight > 0).astype(np.int64), weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from itertools import combinations
+from random import Random
 
 import numpy as np
 import pytest
@@ -120,15 +121,74 @@ def test_a_plan_takes_what_its_table_says(domains: list[str | None], seed: int) 
         assert again.times.tolist() == plan.times.tolist()
 
 
-@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=60))
-def test_weights_bring_every_domain_to_its_share(domains: list[str]) -> None:
-    plan = plan_domains(domains, "balanced", "weights", max_repeat=1, seed=0)
-    assert plan.weight.mean() == pytest.approx(1)
-    names = set(domains)
-    for name in names:
+@st.composite
+def rows_and_shares(draw: st.DrawFn) -> tuple[list[str], dict[str, float]]:
+    """Domains of rows, and shares for them that are not all 0."""
+    domains = draw(st.lists(st.sampled_from("abcd"), min_size=1, max_size=60))
+    parts = {name: draw(st.integers(0, 9)) for name in dict.fromkeys(domains)}
+    parts[domains[0]] += 1
+    return domains, {name: part / sum(parts.values()) for name, part in parts.items()}
+
+
+@given(rows_and_shares())
+def test_weights_bring_every_domain_to_its_share(case: tuple[list[str], dict[str, float]]) -> None:
+    domains, shares = case
+    plan = plan_domains(domains, shares, "weights", max_repeat=1, seed=0)
+    is_in = plan.times > 0
+    assert plan.times.tolist() == [int(shares[d] > 0) for d in domains]
+    assert plan.weight[is_in].mean() == pytest.approx(1)  # of the rows that are trained on
+    for name, share in shares.items():
         mine = sum(w for w, d in zip(plan.weight, domains, strict=True) if d == name)
-        assert mine / plan.weight.sum() == pytest.approx(1 / len(names))
-    assert plan.times.tolist() == [1] * len(domains)
+        assert mine / plan.weight.sum() == pytest.approx(share)
+    assert plan.is_reached
+
+
+@given(rows_and_shares(), st.integers(1, 4), st.integers(0, 9))
+def test_every_plan_obeys_given_shares(case: tuple[list[str], dict[str, float]], max_repeat: int, seed: int) -> None:
+    domains, shares = case
+    for method in ("down", "up"):
+        plan = plan_domains(domains, shares, method, max_repeat=max_repeat, seed=seed)  # type: ignore[arg-type]
+        total = sum(row.num_after for row in plan.table)
+        assert int(plan.times.sum()) == total
+        assert sum(row.num_before for row in plan.table) == len(domains)
+        assert sum(row.share_after for row in plan.table) == pytest.approx(1)
+        for row in plan.table:
+            assert row.share_after == pytest.approx(row.num_after / total)
+            assert (row.num_after == 0) or shares[row.name] > 0
+            if method == "down":
+                assert abs(row.num_after - total * shares[row.name]) < 1 + 1e-9
+            elif shares[row.name] > 0:
+                assert row.num_before <= row.num_after <= row.num_before * max_repeat
+        assert method == "up" or plan.is_reached
+        assert plan.is_reached == (not plan.short)
+
+
+@given(rows_and_shares(), st.sampled_from([1, 2, 4, 100_000]))
+def test_up_falls_short_only_where_rows_may_not_be_repeated_more(
+    case: tuple[list[str], dict[str, float]], max_repeat: int
+) -> None:
+    domains, shares = case
+    plan = plan_domains(domains, shares, "up", max_repeat=max_repeat, seed=0)
+    assert plan.is_reached or any(row.num_after == row.num_before * max_repeat for row in plan.table)
+    assert all(row.share_after < row.share_wanted for row in plan.short)
+    if max_repeat == 100_000:
+        assert plan.is_reached
+
+
+@given(rows_and_shares(), st.randoms(use_true_random=False))
+def test_the_order_of_the_names_decides_nothing(case: tuple[list[str], dict[str, float]], chance: Random) -> None:
+    domains, shares = case
+    items = list(shares.items())
+    chance.shuffle(items)
+    one = plan_domains(domains, shares, "down", max_repeat=1, seed=3)
+    other = plan_domains(domains, dict(items), "down", max_repeat=1, seed=3)
+    assert one.times.tolist() == other.times.tolist()
+
+
+def test_what_is_drawn_of_a_domain_does_not_depend_on_the_others() -> None:
+    alone = plan_domains(["b"] * 40 + ["c"] * 7, "balanced", "down", max_repeat=1, seed=5)
+    among = plan_domains(["a"] * 7 + ["b"] * 40 + ["c"] * 7, "balanced", "down", max_repeat=1, seed=5)
+    assert among.times[7:].tolist() == alone.times.tolist()
 
 
 def test_given_shares_and_a_domain_left_out() -> None:
@@ -143,6 +203,29 @@ def test_what_max_repeat_does_not_reach_is_told() -> None:
     plan = plan_domains(["a"] * 30 + ["b"] * 2, "balanced", "up", max_repeat=3, seed=1)
     assert {r.name: r.num_after for r in plan.table} == {"a": 30, "b": 6}
     assert not plan.is_reached
+    assert [row.name for row in plan.short] == ["b"]
+
+
+def test_an_unknown_domain_names_its_near_miss() -> None:
+    with pytest.raises(DataError, match=r"no row of domain 'retruns'; did you mean returns\?"):
+        plan_domains(["returns", "shop"], {"retruns": 0.5, "shop": 0.5}, "down", max_repeat=1, seed=0)
+
+
+def test_a_domain_that_is_not_there_may_have_no_share() -> None:
+    plan = plan_domains(["a", "a"], {"a": 1.0, "x": 0}, "down", max_repeat=1, seed=0)
+    assert [row.name for row in plan.table] == ["a"]
+
+
+def test_nothing_to_balance() -> None:
+    with pytest.raises(DataError, match="0 rows are left to balance"):
+        plan_domains([], "balanced", "down", max_repeat=1, seed=0)
+
+
+def test_the_seed_draws_other_rows_and_the_same_number() -> None:
+    plans = [plan_domains(["a"] * 50 + ["b"] * 5, "balanced", "down", max_repeat=1, seed=s) for s in (1, 1, 2)]
+    taken = [plan.times.tolist() for plan in plans]
+    assert taken[0] == taken[1] != taken[2]
+    assert [sum(t) for t in taken] == [10, 10, 10]
 
 
 @pytest.mark.parametrize(
@@ -151,6 +234,7 @@ def test_what_max_repeat_does_not_reach_is_told() -> None:
         ({"a": 0.5, "x": 0.5}, r"no row of domain 'x'; there are a \(2\), b \(1\)"),
         ({"a": 1.0}, r"gives no share to 'b' \(1 rows\); 0 leaves a domain out"),
         ({"a": 0.5, "b": 0.4}, r"the shares add up to 0\.9, not to 1"),
+        ({"a": 0.5, "b": 0.5 + 2e-9}, r"add up to 1\.000000002, not to 1"),
     ],
 )
 def test_shares_that_do_not_fit(target: dict[str, float], message: str) -> None:
