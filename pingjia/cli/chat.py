@@ -98,11 +98,12 @@ class _Conversation:
 
     def _save(self, file: Path) -> None:
         """One row that `pingjia data check` and training read. Nothing is overwritten."""
-        import dataclasses
         import json
 
+        from pingjia.chat.tools import as_row
+
         system = [{"role": "system", "content": self._system}] if self._system else []
-        row = {"messages": system + [dataclasses.asdict(turn) for turn in self._turns]}
+        row = {"messages": system + [as_row(turn) for turn in self._turns]}
         try:
             with open(file, "a", encoding="utf-8") as out:
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")

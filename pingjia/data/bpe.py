@@ -84,7 +84,7 @@ class Corpus:
         for row, example in enumerate(read_examples(files, on_problem=self._note)):
             self.num_rows += wanted(row)
             if wanted(row):
-                yield from (m.content for m in example.messages if m.content)
+                yield from (m.text for m in example.messages if m.text)
 
     def _note(self, problem: Problem) -> None:
         if problem.line == 0:

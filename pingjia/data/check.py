@@ -159,7 +159,7 @@ class _Check:
     def _measure(self, example: Example) -> int | None:
         """Length of an example; None when it has become a problem."""
         if self._tokenizer is None:
-            return sum(len(m.content) for m in example.messages)
+            return sum(len(m.text) for m in example.messages)
         encoded = encode_example(example, self._tokenizer, self._cutoff_len)
         if isinstance(encoded, Problem):
             self.problem(encoded)
@@ -169,7 +169,7 @@ class _Check:
     def _says_well(self, example: Example) -> bool:
         """Whether no rule has anything against what the row says. Personal data is only noted."""
         file, _, line = example.where.rpartition(":")
-        kinds = Counter(p.kind for m in example.messages for p in find_personal(m.content))
+        kinds = Counter(p.kind for m in example.messages for p in find_personal(m.text))
         for kind, count in kinds.items():
             reason = f"personal data: {kind}, {count} times; `data prepare` masks it with personal.action=mask"
             self.note(Problem(file, int(line), "messages", reason, f"personal.{kind}"))
@@ -179,14 +179,14 @@ class _Check:
         return not findings
 
     def _language(self, example: Example) -> str:
-        return identify("\n".join(m.content for m in example.messages if m.role in ("user", "assistant"))).lang
+        return identify("\n".join(m.text for m in example.messages if m.role in ("user", "assistant"))).lang
 
     def _count_characters(self, example: Example) -> None:
         for message in example.messages:
             if message.role in ("user", "assistant"):
-                self.report.num_chars += len(message.content)
-                self._num_han += count_han(message.content)
-                self._num_letters += count_letters(message.content)
+                self.report.num_chars += len(message.text)
+                self._num_han += count_han(message.text)
+                self._num_letters += count_letters(message.text)
 
     def _note_repeats(self) -> None:
         for repeat in self._seen.repeats():

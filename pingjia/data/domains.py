@@ -31,7 +31,7 @@ class DomainRules:
 
     def domain_of(self, example: Example) -> str | None:
         """The domain with the most hits in question and answer; the earlier one in the file among equals."""
-        text = "\n".join(m.content for m in example.messages)[:_MAX_TEXT]
+        text = "\n".join(m.text for m in example.messages)[:_MAX_TEXT]
         hits = {name: len(re.findall(pattern, text, re.IGNORECASE)) for name, pattern in self.patterns}
         best = max(hits, key=lambda name: hits[name], default=None)
         return best if best is not None and hits[best] else None

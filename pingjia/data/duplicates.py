@@ -74,7 +74,7 @@ class Signature:
 def signature(example: Example) -> Signature:
     """The same in every process and on every platform."""
     turns = example.messages
-    text = "\n".join(m.content for m in turns if m.role in ("user", "assistant"))
+    text = "\n".join(m.text for m in turns if m.role in ("user", "assistant"))
     minhash = _minhash(text)
     return Signature(
         exact=_digest(turns, 16, example.tools),
@@ -90,7 +90,7 @@ def text_digest(text: str) -> int:
 
 
 def _digest(turns: Sequence[Message], size: int, tools: Sequence[str] = ()) -> bytes:
-    plain = "\0".join([*tools, *(f"{m.role}\0{_plain(m.content)}" for m in turns)])
+    plain = "\0".join([*tools, *(f"{m.role}\0{_plain(m.text)}" for m in turns)])
     return blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=size).digest()
 
 

@@ -6,6 +6,7 @@ are not looked for: without a register that is guessing, and a guess that fails 
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -95,12 +96,13 @@ def mask_example(example: Example, kinds: Collection[str] = KINDS) -> tuple[Exam
     Facts and reference repeat what the turns say; they are not counted.
     """
     reference = (example.reference,) if example.reference is not None else ()
-    secrets = _Secrets([*(m.content for m in example.messages), *example.facts, *reference], kinds)
+    texts = [m.text for m in example.messages]
+    secrets = _Secrets([*texts, *example.facts, *reference], kinds)
     if not secrets.are_any:
         return example, Counter()
     turns = tuple(_masked_turn(m, secrets) for m in example.messages)
-    count = Counter(p.kind for m in example.messages for p in secrets.find(m.content))
-    facts = tuple(secrets.masked_fact(fact, [m.content for m in example.messages]) for fact in example.facts)
+    count = Counter(p.kind for text in texts for p in secrets.find(text))
+    facts = tuple(secrets.masked_fact(fact, texts) for fact in example.facts)
     masked = replace(
         example,
         messages=turns,
@@ -111,18 +113,37 @@ def mask_example(example: Example, kinds: Collection[str] = KINDS) -> tuple[Exam
 
 
 def _masked_turn(message: Message, secrets: _Secrets) -> Message:
-    text = secrets.masked(message.content)
-    return message if text == message.content else replace(message, content=text)
+    text = _masked_text(message.content, secrets.masked)
+    calls = tuple(replace(c, arguments=_masked_text(c.arguments, secrets.masked)) for c in message.tool_calls)
+    is_same = text == message.content and calls == message.tool_calls
+    return message if is_same else replace(message, content=text, tool_calls=calls)
+
+
+def _masked_text(text: str, masked: Callable[[str], str]) -> str:
+    """A text masked. JSON, as the arguments of a call, stays JSON: a number in it that is personal becomes a string."""
+    result = masked(text)
+    if result == text or not text.lstrip().startswith(("{", "[")) or _is_json(result) or not _is_json(text):
+        return result
+    return json.dumps(_masked_value(json.loads(text), masked), ensure_ascii=False)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def mask_row(row: Mapping[str, Any], kinds: Collection[str] = KINDS) -> dict[str, Any]:
-    """A row of a file with every string in it masked, at any depth; keys stay."""
+    """A row of a file with every string in it masked, at any depth, and every number in its lists and objects; keys
+    stay, and so do numbers of the row itself, such as an id."""
     texts = [*_strings({key: value for key, value in row.items() if key not in _LABELS and key != "facts"})]
     labels = [*_strings([row.get(key) for key in _LABELS])]
     secrets = _Secrets([*texts, *_strings(row.get("facts"))], kinds, labels)
     if not secrets.are_any:
         return dict(row)
-    masked = {key: _masked_value(value, secrets.masked) for key, value in row.items()}
+    masked = {k: v if isinstance(v, int) else _masked_value(v, secrets.masked) for k, v in row.items()}
     if "facts" in row:
         masked["facts"] = _masked_value(row["facts"], lambda fact: secrets.masked_fact(fact, texts))
     return masked
@@ -136,12 +157,15 @@ def _strings(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, list | dict):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
+            yield from [str(item)] if isinstance(item, int) else _strings(item)
 
 
 def _masked_value(value: Any, masked: Callable[[str], str]) -> Any:
     if isinstance(value, str):
-        return masked(value)
+        return _masked_text(value, masked)
+    if isinstance(value, int):
+        text = str(value)
+        return value if (result := masked(text)) == text else result
     if isinstance(value, list):
         return [_masked_value(item, masked) for item in value]
     if isinstance(value, dict):

@@ -171,7 +171,7 @@ class Inspector:
 
 
 def _text_of(example: Example) -> str:
-    return "\n".join(m.content for m in example.messages if m.role in ("user", "assistant"))
+    return "\n".join(m.text for m in example.messages if m.role in ("user", "assistant"))
 
 
 def _personal_finding(found: Counter[str], settings: PersonalSettings) -> Finding:

@@ -34,7 +34,7 @@ class Seen:
         self._files: dict[str, int] = {}
 
     def add(self, example: Example) -> None:
-        turns = "\0".join([f"{m.role}\0{m.content}" for m in example.messages])
+        turns = "\0".join([f"{m.role}\0{m.text}" for m in example.messages])
         digest = hashlib.blake2b(turns.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         file, _, line = example.where.rpartition(":")
         number = self._files.setdefault(file, len(self._files))

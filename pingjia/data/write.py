@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pingjia.chat.tools import as_row
 from pingjia.types import Example, Message
 
 _EXTRAS = ("domain", "lang", "topic", "source", "reference", "augmented_from")
@@ -28,8 +29,8 @@ def row_of(example: Example) -> dict[str, Any]:
 
 def _is_plain(messages: tuple[Message, ...]) -> bool:
     roles = [m.role for m in messages if m.role != "system"]
-    has_calls = any(getattr(m, "tool_calls", ()) for m in messages)
-    return roles == ["user", "assistant"] * (len(roles) // 2) and not has_calls
+    is_plain = all(m.learn and not m.tool_calls for m in messages)
+    return roles == ["user", "assistant"] * (len(roles) // 2) and is_plain
 
 
 def _as_prompt(messages: tuple[Message, ...]) -> dict[str, Any]:
@@ -42,4 +43,4 @@ def _as_prompt(messages: tuple[Message, ...]) -> dict[str, Any]:
 
 
 def _as_messages(messages: tuple[Message, ...]) -> dict[str, Any]:
-    return {"messages": [{"role": m.role, "content": m.content} for m in messages]}
+    return {"messages": [as_row(m) if m.learn else {**as_row(m), "weight": 0} for m in messages]}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pingjia.chat.tools import as_row
 from pingjia.errors import DataError
 from pingjia.evaluate.bootstrap import mean_interval
 from pingjia.evaluate.report import EvalReport, Row, by_domain, by_language
@@ -160,7 +161,7 @@ def _changes_dict(changes: dict[str, Change]) -> dict[str, Any]:
 def _question_dict(old: Row, new: Row) -> dict[str, Any]:
     return {
         "where": old.where,
-        "prompt": [dataclasses.asdict(message) for message in old.prompt],
+        "prompt": [as_row(message) for message in old.prompt],
         "expected": old.expected,
         "facts": list(old.facts),
         "before": _answer_dict(old),

@@ -19,6 +19,7 @@ import anyio
 import anyio.from_thread
 import httpx
 
+from pingjia.chat.tools import as_row, linked
 from pingjia.errors import RequestError, UserError
 from pingjia.types import Completion, FinishReason, Prompt, Sampling, Usage
 
@@ -121,7 +122,7 @@ class Endpoint:
         body = {"model": self.model, "stream": False, **_sampling_fields(sampling)}
         if isinstance(prompt, str):
             return _Job("completions", {**body, "prompt": prompt})
-        messages = [{"role": message.role, "content": message.content} for message in prompt]
+        messages = [as_row(message) for message in linked(prompt)]
         return _Job("chat/completions", {**body, "messages": messages})
 
     async def _ask(self, client: httpx.AsyncClient, gate: anyio.Semaphore, job: _Job) -> Completion:

@@ -84,8 +84,8 @@ def _movement(old: Row, new: Row) -> float:
 
 def _asked(row: Row) -> str:
     if len(row.prompt) == 1:
-        return row.prompt[0].content
-    return "\n".join(f"{message.role}: {message.content}" for message in row.prompt)
+        return row.prompt[0].text
+    return "\n".join(f"{message.role}: {message.text}" for message in row.prompt)
 
 
 def _score_line(row: Row) -> str:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pingjia.errors import DataError
+from pingjia.chat.tokenizer import as_messages
+from pingjia.chat.tools import as_row
+from pingjia.errors import DataError, RequestError
 from pingjia.evaluate.bootstrap import mean_interval
 from pingjia.evaluate.settings import METRICS
 from pingjia.evaluate.store import write_whole
@@ -117,7 +119,10 @@ class EvalReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: settings, summaries, rows."""
-        return {"v": VERSION, **dataclasses.asdict(self)}
+        found = {"v": VERSION, **dataclasses.asdict(self)}
+        for raw, row in zip(found["rows"], self.rows, strict=True):
+            raw["prompt"] = [as_row(message) for message in row.prompt]
+        return found
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the JSON file, whole or not at all. Raises StorageError."""
@@ -135,7 +140,7 @@ class EvalReport:
             return cls.of(rows, raw["metrics"], max_tokens=int(raw["max_tokens"]), seconds=float(raw["seconds"]))
         except OSError as e:
             raise DataError(f"{path}: report cannot be read: {e.strerror or e}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RequestError) as e:
             raise DataError(f"{path}: not an evaluation report ({type(e).__name__}: {e})") from None
 
 
@@ -197,7 +202,7 @@ def _row(raw: dict[str, Any]) -> Row:
     return Row(
         **{
             **raw,
-            "prompt": tuple(Message(**message) for message in raw["prompt"]),
+            "prompt": tuple(as_messages([message])[0] for message in raw["prompt"]),
             "scores": {str(name): float(value) for name, value in raw["scores"].items()},
             "facts": tuple(raw["facts"]),
             "missing_facts": tuple(raw["missing_facts"]),

@@ -59,7 +59,7 @@ def language(question: Example) -> str:
     """The question's own `lang`; without one "zh" or "en", whichever has more Chinese characters or Latin words."""
     if question.lang:
         return question.lang
-    text = " ".join(message.content for message in question.messages)
+    text = " ".join(message.text for message in question.messages)
     return "zh" if len(_HAN.findall(text)) >= len(_WORD.findall(text)) else "en"
 
 
@@ -69,6 +69,8 @@ def _check(question: Example) -> None:
         raise DataError(f"{where}: a question without a prompt: nothing comes before its answer")
     if question.images:
         raise DataError(f"{where}: has {len(question.images)} image(s), and evaluation asks in text only; leave it out")
+    if question.tools:
+        raise DataError(f"{where}: has {len(question.tools)} tool(s), and evaluation asks without any; leave it out")
     blank = [fact for fact in question.facts if is_blank(fact)]
     if blank:
         raise DataError(f"{where}: facts: {blank[0]!r} is blank and would be found in any answer; remove it")

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pingjia.data.layouts import parse_row
 from pingjia.data.personal import KINDS, find_personal, is_id_card, is_luhn, mask, mask_example, mask_row
 from pingjia.types import Example, Message
 
@@ -409,3 +410,31 @@ def test_masking_a_row_twice_changes_nothing_more() -> None:
         row = {name: "".join(chance.choices(PIECES, k=4)) for name in ("prompt", "response", "note")}
         once = mask_row(row)
         assert mask_row(once) == once
+
+
+CALL = {"name": "call", "arguments": '{"phone": 13812345678, "who": "13912345678", "n": 3}'}
+
+
+def test_calls_of_tools_are_masked_and_stay_json() -> None:
+    """In the row as it was, and in what becomes of it: a number that is personal becomes a string."""
+    turns = [
+        {"role": "user", "content": "请打电话"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": CALL}]},
+        {"role": "tool", "content": '{"dialled": 13812345678}'},
+        {"role": "assistant", "content": "好的"},
+    ]
+    row = {"messages": turns}
+    example = parse_row(row, "f:1").example
+    assert example is not None
+    masked, count = mask_example(example)
+    assert count == {"phone": 3}
+    assert masked.messages[1].tool_calls[0].arguments == '{"phone": "【手机号】", "who": "【手机号】", "n": 3}'
+    assert masked.messages[2].content == '{"dialled": "【手机号】"}'
+    again = parse_row(mask_row(row), "f:1").example
+    assert again == masked
+
+
+def test_arguments_that_are_an_object_are_masked_too() -> None:
+    call = {"name": "call", "arguments": {"phone": 13812345678}}
+    row = {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": call}]}
+    assert mask_row(row)["conversations"][1]["value"]["arguments"] == {"phone": "[PHONE]"}

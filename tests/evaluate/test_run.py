@@ -89,6 +89,7 @@ BROKEN = {
     "without a prompt": Example((Message("assistant", "a"),), "f.jsonl:7"),
     "blank": Example((Message("user", "q"), Message("assistant", "a")), "f.jsonl:7", facts=(" ",)),
     "text only": Example((Message("user", "q"), Message("assistant", "a")), "f.jsonl:7", images=("x.png",)),
+    "without any": Example((Message("user", "q"), Message("assistant", "a")), "f.jsonl:7", tools=('{"name": "f"}',)),
     "nothing to score": Example((Message("user", "q"), Message("assistant", " ")), "f.jsonl:7"),
 }
 
