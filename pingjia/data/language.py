@@ -23,7 +23,7 @@ MIXED = "mixed"
 
 # Chinese is written on without a space, so links and addresses end at the first character that is not ASCII.
 _NOT_PROSE = re.compile(
-    r"```.*?(?:```|\Z)|`[^`\n]*`|(?:https?://|www\.)[\x21-\x7e]+|</?[A-Za-z][^<>\n]{0,200}>"
+    r"```.*?(?:```|\Z)|`[^`\n]*`|(?:https?://|www\.)[\x21-\x7e]+|</?[A-Za-z][^<>\n]{0,200}>|&[a-z]{2,8};"
     r"|(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]+@[A-Za-z0-9.-]+"
     r"|\$[^$\n\u4e00-\u9fff]*[\\^_=][^$\n\u4e00-\u9fff]*\$|\\[A-Za-z]+",
     re.DOTALL,
