@@ -27,6 +27,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 from pingjia.errors import StorageError, TrainingError
 from pingjia.tune.guards import require_nonzero_adapter
+from pingjia.tune.pissa import as_lora
 
 ADAPTER_FILE = "adapter_model.safetensors"
 STATE_FILE = "trainer_state.pt"
@@ -167,14 +168,16 @@ def best_directory(output_dir: Path, step: int) -> Path:
     return output_dir / f"best-{step:06d}"
 
 
-def save_adapter(output_dir: Path, model: PeftModel, about: Mapping[str, Any]) -> int:
+def save_adapter(
+    output_dir: Path, model: PeftModel, about: Mapping[str, Any], first: Mapping[str, torch.Tensor] | None = None
+) -> int:
     """Put the finished adapter and its pingjia.json into output_dir; return the bytes written.
 
     The files are first written whole beside their final names; pingjia.json, which marks the adapter as finished,
     is moved last.
     """
     with new_directory(output_dir / ".adapter") as folder:
-        write_adapter(folder, model)
+        write_adapter(folder, model, first)
         text = json.dumps(about, ensure_ascii=False, indent=2) + "\n"
         write_bytes(folder / ABOUT_FILE, text.encode())
     folder = output_dir / ".adapter"
@@ -204,14 +207,20 @@ def set_aside(output_dir: Path) -> None:
         os.replace(path, previous / path.name)
 
 
-def write_adapter(folder: Path, model: PeftModel) -> None:
-    """adapter_config.json and adapter_model.safetensors as PEFT reads them. Refuses an adapter that changes nothing."""
+def write_adapter(folder: Path, model: PeftModel, first: Mapping[str, torch.Tensor] | None = None) -> None:
+    """adapter_config.json and adapter_model.safetensors as PEFT reads them. Refuses an adapter that changes nothing.
+
+    `first`: the matrices that a PiSSA began with, when it is finished; it is then written as the LoRA it comes to.
+    """
     tensors = {
         k: v.detach().cpu().contiguous()
         for k, v in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
     require_nonzero_adapter(tensors)
-    model.peft_config[model.active_adapter].save_pretrained(folder)
+    config = model.peft_config[model.active_adapter]
+    if first:
+        tensors, config = as_lora(tensors, first, config)
+    config.save_pretrained(folder)
     write_bytes(folder / ADAPTER_FILE, safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 

@@ -18,6 +18,7 @@ from pingjia.quant.convert import count_weights
 from pingjia.recipe import near_miss
 from pingjia.tune.groups import layer_of
 from pingjia.tune.new_tokens import token_indices
+from pingjia.tune.pissa import require_plain_base
 from pingjia.tune.ranges import parse_layers
 from pingjia.tune.settings import TuneSettings
 
@@ -67,6 +68,7 @@ def resolve(model: PreTrainedModel, family: Family, wanted: Sequence[str], layer
 
 def add_adapter(model: PreTrainedModel, targets: Targets, settings: TuneSettings) -> PeftModel:
     """Put a fresh LoRA on `targets`; only its matrices require a gradient. The same seed gives the same matrices."""
+    require_plain_base(model, settings.init_lora_weights)
     torch.manual_seed(settings.seed)
     adapted = get_peft_model(model, _config(targets, settings, token_indices(model, settings, targets.modules)))
     got = {module_name(name) for name in _lora_a(adapted)}

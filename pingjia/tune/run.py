@@ -21,10 +21,13 @@ from pingjia.models import base_fingerprint, family_of, load_model, max_model_le
 from pingjia.models.device import pick_device
 from pingjia.models.settings import ModelSettings
 from pingjia.tune.checkpoint import ABOUT_FILE, checkpoints, run_fingerprint, save_adapter, set_aside
+from pingjia.tune.forecast import forecast
 from pingjia.tune.groups import RateGroup
 from pingjia.tune.loop import SHRUNK, Run, StepLog, rate_groups, run_training
 from pingjia.tune.lora import Targets, adaptable, add_adapter, count_parameters, num_layers, resolve, resolve_targets
+from pingjia.tune.memory import MemoryPlan
 from pingjia.tune.phases import plan_phases, trainable_names
+from pingjia.tune.pissa import first_matrices
 from pingjia.tune.plot import plot_loss
 from pingjia.tune.relief import checkpoint_activations
 from pingjia.tune.settings import TuneSettings
@@ -68,6 +71,7 @@ class TrainPlan:
     rates: tuple[RateRow, ...]
     resume_from: Path | None
     dropped: tuple[str, ...]
+    memory: MemoryPlan | None = None  # None: memory is off
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +154,7 @@ def train(
         )
         depth = num_layers(adaptable(model))
         adapted = add_adapter(model, targets, settings)
+        first = first_matrices(adapted)
         use_packed_attention(model)
         if settings.gradient_checkpointing:
             checkpoint_activations(adapted)
@@ -191,7 +196,7 @@ def train(
                 "run_fingerprint": fingerprint,
                 "metrics": _metrics(run),
             }
-            size = save_adapter(output_dir, adapted, about)
+            size = save_adapter(output_dir, adapted, about, first)
         plot_loss(run.logs, output_dir / "training_loss.png")
         account.note(size)
         return TrainResult(output_dir, completed, False, size, **_metrics(run))
@@ -315,6 +320,7 @@ def _plan(run: Run, targets: Targets, dropped: list[str]) -> TrainPlan:
         rates=_rates(run),
         resume_from=run.resume_from,
         dropped=tuple(dropped),
+        memory=forecast(run) if run.settings.memory == "auto" else None,
     )
 
 

@@ -85,4 +85,6 @@ class TuneSettings(Section):
             raise ValueError(f"shrink_lora_rank_to must be below lora_rank {self.lora_rank}")
         if self.shrink_lora_rank_to is not None and (self.use_dora or self.lora_rank_pattern):
             raise ValueError("shrink_lora_rank_to works with one rank for all layers and without use_dora")
+        if self.shrink_lora_rank_to is not None and self.init_lora_weights.startswith("pissa"):
+            raise ValueError("shrink_lora_rank_to does not work with init_lora_weights=pissa; choose one")
         return self
