@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pingjia.data import domains
 from pingjia.data.domains import DomainRules, cluster, load_rules
 from pingjia.errors import RecipeError
 from pingjia.types import Example, Message
@@ -63,11 +64,102 @@ def test_by_rules(rules: Callable[[str], DomainRules], question: str, domain: st
         ("a: [/(x)/]", r"write groups as \(\?:\.\.\.\)"),
         ("a: ['/(?:x+)+y/']", "repeats a repetition"),
         ("a: x\na: y", "given twice"),
+        ("true: [x]", r"domain True is no text; write it in quotes"),
+        ("a: [1.50]", r"1\.5 is no word; write it in quotes"),
+        ("a: [2024-05-01]", "is no word; write it in quotes"),
+        ("a: [x, '/(?i)refund/']", "is no regular expression here: global flags"),
+        ("a: ['/x*/']", "fits the empty text"),
+        ("a: ['/(?:(?:a+)b?)+c/']", "repeats a repetition"),
+        ("a: ['/(?:a|aa)+c/']", "repeats a choice"),
+        ("a: ['/(?:x{2,})*y/']", "repeats a repetition"),
+        ("a: ['/" + "x" * 501 + "/']", "501 characters"),
+        ("'': [x]", "domain '' is no text"),
     ],
 )
 def test_bad_rules_are_named(rules: Callable[[str], DomainRules], text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         rules(text)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(?:退|换)货",
+        r"(?:ab)+",
+        r"[(*+]+x",
+        r"\(a+\)+",
+        r"\d{3,4}-\d+",
+        "a{2}b",
+        "(?:a|b){3}",
+        "(?:a|b).*c",
+        "(?:a+)?b",
+        "a+?b",
+    ],
+)
+def test_harmless_patterns_are_taken(rules: Callable[[str], DomainRules], pattern: str) -> None:
+    assert rules(f"a: ['/{pattern}/']").patterns
+
+
+def test_only_question_and_answer_decide(rules: Callable[[str], DomainRules]) -> None:
+    """A system prompt names all that a shop does, in every row."""
+    example = Example((Message("system", "你负责退货、退款和门店。"), *row("今天下雨吗").messages))
+    assert rules(RULES).domain_of(example) is None
+
+
+def test_places_are_no_hits(rules: Callable[[str], DomainRules]) -> None:
+    assert rules(r"a: ['/\b/']" + "\nb: [门店]").domain_of(row("门店 in town")) == "b"
+
+
+def test_a_long_text_is_read_in_part(rules: Callable[[str], DomainRules]) -> None:
+    assert rules(RULES).domain_of(row("门" * 5000 + "退货")) is None
+
+
+def test_numbers_are_words(rules: Callable[[str], DomainRules]) -> None:
+    assert rules("hotline: [12315]").domain_of(row("打12315投诉")) == "hotline"
+
+
+def test_the_order_of_the_rows_does_not_decide_the_groups() -> None:
+    """Twelve topics one after the other, as files joined from several sources are."""
+    chance = np.random.default_rng(0)
+    centres = chance.normal(0, 1, (12, 64))
+    sizes = [100, 900, 150, 800, 400, 700, 200, 300, 500, 150, 250, 300]
+    texts = [f"{topic} {i}" for topic, size in enumerate(sizes) for i in range(size)]
+
+    def embed(batch: Sequence[str]) -> np.ndarray:
+        topics, seeds = zip(*((int(n) for n in text.split()) for text in batch), strict=True)
+        noise = [np.random.default_rng([t, s]).normal(0, 0.6, 64) for t, s in zip(topics, seeds, strict=True)]
+        return (centres[list(topics)] + np.array(noise)).astype(np.float32)
+
+    found = cluster(lambda: iter(texts), len(texts), embed, 12, seed=1)
+    topic_N = np.repeat(np.arange(12), sizes)
+    largest = sum(int(np.bincount(topic_N[found.label == k]).max()) for k in np.unique(found.label))
+    assert largest / len(texts) > 0.95  # 0.6 when the first batch chose the centres
+
+
+def test_memory_holds_a_sample_of_vectors_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(domains, "_SAMPLE", 300)
+    asked: list[int] = []
+
+    def counted(batch: Sequence[str]) -> np.ndarray:
+        asked.append(len(batch))
+        return embed(batch)
+
+    texts = [f"{topic}问题{i}" for i in range(2000) for topic in ("退款", "天气", "数学")]
+    found = cluster(lambda: iter(texts), len(texts), counted, 3, seed=1)
+    assert sum(asked) == 6000 + 300
+    assert max(asked) <= 1024
+    assert np.bincount(found.label).tolist() == [2000] * 3
+
+
+def test_no_texts_have_no_groups() -> None:
+    found = cluster(lambda: iter([]), 0, embed, 3, seed=1)
+    assert (found.label.tolist(), found.names) == ([], ())
+
+
+def test_texts_that_are_all_the_same() -> None:
+    found = cluster(lambda: iter(["退款"] * 10), 10, lambda texts: np.ones((len(texts), 3), np.float32), 3, seed=1)
+    assert len(set(found.label.tolist())) == 1
+    assert len(set(found.names)) == 3
 
 
 def embed(texts: Sequence[str]) -> np.ndarray:
