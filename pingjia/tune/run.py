@@ -135,7 +135,7 @@ def train(
         recipe = _recipe(model_settings, data_settings, settings)
         fingerprint = run_fingerprint(
             {
-                "rows": [(row.ids, row.learn) for row in rows],
+                "rows": [(row.ids, row.learn, *([row.weight] if row.weight != 1 else [])) for row in rows],
                 "base": base,
                 "numbers": [str(model.dtype), model_settings.quantization_bit],
                 "tune": settings.model_dump(exclude=_NOT_WEIGHTS),
