@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from pingjia.chat.tokenizer import Tokenizer
-from pingjia.data import Problem, read_examples
+from pingjia.data import Job, Problem, prepare, read_examples
 from pingjia.data.duplicates import Signatures, find_exact, find_leaks, find_near, signature
 from pingjia.data.encode import encode_example
 from pingjia.data.language import identify
 from pingjia.data.personal import find_personal, mask_example
 from pingjia.data.rules import RULES, check_rules
-from pingjia.data.settings import DuplicateSettings
+from pingjia.data.settings import DataSettings, DuplicateSettings, PrepareSettings
 from pingjia.types import Example
 
 FOLDER = Path(__file__).parent / "fixtures"
@@ -152,3 +152,23 @@ def test_lengths(labels: dict[int, dict[str, Any]], examples: dict[int, Example]
     encoded = {line: encode_example(example, smollm2, 1024) for line, example in examples.items()}
     too_long = {line for line, result in encoded.items() if isinstance(result, Problem)}
     assert too_long == _with(labels, "length").keys()
+
+
+def test_the_whole_preparation(labels: dict[int, dict[str, Any]], tmp_path: Path, smollm2: Tokenizer) -> None:
+    """Exactly the faulty lines are rejected; what is personal is masked in the rows that stay."""
+    files = DataSettings(
+        dataset=[str(FOLDER / "faults.jsonl")], eval_dataset=[str(FOLDER / "faults.heldout.jsonl")], cutoff_len=1024
+    )
+    prepare(Job(files, PrepareSettings.model_validate({"personal": {"action": "mask"}}), "smollm2", tmp_path / "out"))
+    rejected = {
+        _line(row["where"]): [*dict.fromkeys(row["rules"])] for row in _rows(tmp_path / "out" / "rejected.jsonl")
+    }
+    assert rejected == {line: e["rules"] for line, e in labels.items() if set(e["rules"]) - {"personal"}}
+    changed = {_line(row["where"]) for row in _rows(tmp_path / "out" / "changed.jsonl")}
+    assert changed == _with(labels, "personal").keys()
+    kept = [*read_examples([tmp_path / "out" / "train.jsonl"], on_problem=lambda p: pytest.fail(str(p)))]
+    assert len(kept) == len(labels) - len(rejected)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]  # U+0085 in a text ends no line
