@@ -62,11 +62,12 @@ def is_name(text: str) -> bool:
 
 def python_call(call: ToolCall) -> str:
     """A call as ChatGLM3 was taught to write it, without its name, which stands in the line of the role."""
-    arguments = json.loads(call.arguments)
-    named = [f"{k}={_python_literal(v)}" for k, v in arguments.items() if _is_parameter(k)]
-    others = {k: v for k, v in arguments.items() if not _is_parameter(k)}
-    parts = [*named, f"**{_python_literal(others)}"] if others else named
+    parts = (_argument(name, value) for name, value in json.loads(call.arguments).items())
     return f"{_FENCE}tool_call({', '.join(parts)}){_FENCE_END}"
+
+
+def _argument(name: str, value: Any) -> str:
+    return f"{name}={_python_literal(value)}" if _is_parameter(name) else f"**{_python_literal({name: value})}"
 
 
 def _is_parameter(name: str) -> bool:
