@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pingjia.chat.tokenizer import Tokenizer
-from pingjia.data import Job, Prepared, check_files, prepare
+from pingjia.data import Job, Prepared, Tools, check_files, prepare
 from pingjia.data.settings import DataSettings, PrepareSettings
 from pingjia.errors import DataError, StorageError
+from pingjia.similarity import Vectors
 
 Write = Callable[..., Path]
 
@@ -49,10 +52,16 @@ def _rows(path: Path) -> list[Any]:
 def run(tmp_path: Path, smollm2: Tokenizer) -> Run:
     """run(files..., out=, data={...}, **PrepareSettings): prepare into tmp_path / "out"."""
 
-    def run(*files: Path, out: Path | None = None, data: dict[str, Any] | None = None, **settings: Any) -> Outcome:
+    def run(
+        *files: Path,
+        out: Path | None = None,
+        data: dict[str, Any] | None = None,
+        tools: Tools | None = None,
+        **settings: Any,
+    ) -> Outcome:
         chosen = DataSettings.model_validate({"dataset": [str(f) for f in files], "cutoff_len": 100, **(data or {})})
         chosen_settings = PrepareSettings.model_validate(settings)
-        return Outcome(prepare(Job(chosen, chosen_settings, "smollm2", out or tmp_path / "out")))
+        return Outcome(prepare(Job(chosen, chosen_settings, "smollm2", out or tmp_path / "out", tools or Tools())))
 
     return run
 
@@ -204,6 +213,91 @@ def test_domains_by_rules(write: Write, run: Run, out: Path, tmp_path: Path) -> 
     run(write(chinese(10)), domains={"rules": str(tmp_path / "domains.yaml")})
     found = [row["prompt"][:2] for row in _rows(out / "train.jsonl") if row.get("domain") == "kitchen"]
     assert found == ["水壶", "烤箱", "电饭"]
+
+
+# ---- with an encoder
+
+
+class Letters:
+    """A stand-in for an encoder: a text is the set of its characters; equal characters have equal vectors."""
+
+    def token_vectors(self, texts: Sequence[str]) -> list[Vectors]:
+        return [self._one(text) for text in texts]
+
+    def _one(self, text: str) -> Vectors:
+        vectors = np.stack([np.random.default_rng(ord(c)).normal(size=64) for c in text or " "]).astype(np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return Vectors(tuple(map(ord, text or " ")), vectors, np.zeros(len(text or " "), bool))
+
+    def sentence_vectors(self, texts: Sequence[str]) -> np.ndarray:
+        return np.stack([self._one(text).vectors.mean(0) for text in texts])
+
+
+class WithLetters(Tools):
+    def encoder(self, name: str, layer: int | None) -> Letters:
+        return Letters()
+
+
+def test_answers_unlike_their_reference_are_left_out(write: Write, run: Run, out: Path) -> None:
+    rows = [
+        {"prompt": "冰箱保修多久？", "response": "整机保修三年。", "reference": "整机保修三年！"},
+        {"prompt": "洗衣机保修多久？", "response": "今天天气很好啊。", "reference": "整机保修两年。"},
+        {"prompt": "空调保修多久？", "response": "保修六年整。"},
+    ]
+    result = run(write(rows), tools=WithLetters(), quality={"reference": 0.8})
+    assert result.reasons == {"quality.reference": 1}
+    (rejected,) = _rows(out / "rejected.jsonl")
+    assert rejected["where"].endswith(":2")
+    assert re.search(
+        r"BERTScore F1 0\.\d+ of the answer against the row's reference is below 0\.8", rejected["reasons"][0]
+    )
+    scores = result.report.quality["reference"]
+    assert (scores.histogram.num, scores.num_below) == (2, 1)
+
+
+def test_relevance_says_what_it_is(write: Write, run: Run, out: Path) -> None:
+    rows = [
+        {"prompt": "冰箱保修多久？", "response": "冰箱保修三年多。"},
+        {"prompt": "怎么退货？", "response": "明月几时有，把酒。"},
+    ]
+    run(write(rows), tools=WithLetters(), quality={"relevance": 0.5})
+    (rejected,) = _rows(out / "rejected.jsonl")
+    assert "which measures a common subject and not quality" in rejected["reasons"][0]
+
+
+def test_without_an_encoder_it_says_so(write: Write, run: Run) -> None:
+    with pytest.raises(DataError, match="needs the encoder 'minilm', and none can be loaded here"):
+        run(write([{**GOOD, "reference": "您好"}]), quality={"reference": 0.8})
+
+
+def test_made_rows_pass_the_same_checks(write: Write, run: Run, out: Path) -> None:
+    """They say where they come from, are never a held-out question, and keep facts and answers."""
+    rows = [
+        {"prompt": "请问能不能退差价？", "response": "七天内可以。", "facts": ["七天"], "domain": "shop"},
+        {"prompt": "请问有没有优惠？", "response": "满一百减十元。", "domain": "shop"},
+        {"prompt": "怎么预约上门安装？", "response": "在订单页预约。", "domain": "shop"},
+    ]
+    settings = {"augment": {"synonyms": {"ratio": 2}}, "quality": {"augmented": None}}
+    first = run(write(rows), **settings)
+    made = [row for row in _rows(out / "train.jsonl") if row.get("augmented_from")]
+    assert len(made) == first.num_made > 0
+    originals = {f"{path}": row for path, row in ((row["augmented_from"], row) for row in made)}
+    assert all(re.search(r"data\.jsonl:[123]$", where) for where in originals)
+    assert all(row["source"] == "synonyms" for row in made)
+    assert {row["response"] for row in made} <= {row["response"] for row in rows}
+    held_out = write([{"prompt": made[0]["prompt"], "response": "别的答案。"}], "held_out.jsonl")
+    again = run(write(rows), out=out.parent / "again", data={"eval_dataset": [str(held_out)]}, **settings)
+    prompts = [row["prompt"] for row in _rows(out.parent / "again" / "train.jsonl")]
+    assert made[0]["prompt"] not in prompts
+    assert again.report.refused["synonyms: held_out"] >= 1
+
+
+def test_domains_by_meaning(write: Write, run: Run, out: Path) -> None:
+    rows = [{"prompt": f"{w}{w}{w}{w}问题{i}", "response": f"第{i}个答案。"} for i in range(12) for w in "天冰"]
+    run(write(rows), tools=WithLetters(), domains={"clusters": 2}, duplicates={"near": None})
+    groups = {row["prompt"][0]: row["domain"] for row in _rows(out / "train.jsonl")}
+    assert len(set(groups.values())) == 2
+    assert all(name.startswith("cluster-") for name in groups.values())
 
 
 # ---- the same result, whatever happens
