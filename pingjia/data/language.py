@@ -41,6 +41,7 @@ _SCRIPTS: Mapping[str, re.Pattern[str]] = {
 _ANY_OTHER = re.compile("|".join(pattern.pattern for pattern in _SCRIPTS.values()))
 _WORD = re.compile(r"[A-Za-z\u00c0-\u024f\u1e00-\u1eff]+(?:['’][A-Za-z]+)?")
 _PLAIN_WORD = re.compile(r"(?<![A-Za-z0-9_.-])[a-z\u00df-\u00ff]{2,}(?:['’][a-z]+)?(?![A-Za-z0-9_.-]*[A-Z0-9_])")
+_QUOTED = re.compile('[“‘「"][^“”‘’「」"\u4e00-\u9fff]{1,200}[”’」"]')  # “do away with”是什么意思 is Chinese
 LATIN = (
     "en",
     "fr",
@@ -103,8 +104,9 @@ class Language:
 def identify(text: str) -> Language:
     """The language of a text; code, links and tags do not count.
 
-    A Chinese sentence stays Chinese with names and product codes in it (iPhone 15 多少钱). "mixed" takes ordinary
-    lower-case words of English and Chinese characters, each at least a quarter of the text counted in words.
+    A Chinese sentence stays Chinese with names, product codes and quotations in it (iPhone 15 多少钱). "mixed" takes
+    ordinary lower-case words of English, at least two, and Chinese characters, each at least a quarter of the text
+    counted in words. Chinese characters without kana are Chinese; Cyrillic letters are Russian.
     """
     prose = _NOT_PROSE.sub(" ", text)
     num_letters = count_letters(prose)
@@ -143,6 +145,7 @@ def _outweighs(lang: str, count: int, num_han: int, text: str) -> bool:
 
 
 def _with_han(text: str, num_han: int, share: float) -> tuple[str, float]:
+    text = _QUOTED.sub(" ", text)
     plain = len(_PLAIN_WORD.findall(text))
     chinese = num_han / _HAN_PER_WORD
     if plain >= 2 and min(plain, chinese) >= _MIXED_SHARE * (plain + chinese):

@@ -20,7 +20,8 @@ TEXTS = {
     "zh": "你好|好|多少钱|iPhone 15 多少钱|MacBook Pro 和 MacBook Air 有什么区别|Windows 10 怎么激活 Office|"
     "電子發票何時寄出|"
     "請問什麼時候發貨|Hello怎么读|WiFi密码是多少|HTTP 404 是什么意思|天気|苹果 iPhone 15 Pro Max 256GB 钛金属|"
-    "3×4等于几|T恤有XL吗|鲜の果汁多少钱|价格是$99和$199|如果 a<b 且 b>c 那么|〇",
+    "3×4等于几|T恤有XL吗|鲜の果汁多少钱|价格是$99和$199|如果 a<b 且 b>c 那么|〇|"
+    '“do away with”是什么意思|把"she walks to the shop"改成过去式',
     "mixed": "我想 cancel 我的 order|Can you tell me 这个多少钱|My package 还没到 what should I do|"
     "please 帮我 check 一下 my order status|I bought 一个冰箱 last week, 但是 it doesn't work",
     "und": "12345|😀😀|...|！！！|3.14 + 2 = ?|100%|2023-10-12||   ",
