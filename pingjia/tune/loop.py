@@ -27,7 +27,7 @@ from pingjia.tune.frozen import FrozenLayers, num_frozen_layers
 from pingjia.tune.groups import RateGroup, Rates, group_parameters, optimizer_groups
 from pingjia.tune.guards import MOVED_AFTER_STEPS, MovedCheck
 from pingjia.tune.ladder import Rung
-from pingjia.tune.penalty import l2_penalty, lora_matrices
+from pingjia.tune.penalty import Penalties, l2_penalty, lora_matrices
 from pingjia.tune.phases import Phase, enter, frozen_digest, require_untouched, trainable_names
 from pingjia.tune.relief import Memory, is_out_of_memory
 from pingjia.tune.schedule import rate_factor
@@ -45,8 +45,8 @@ SHRUNK = "over-fitting"  # how the event begins that makes the adapter smaller
 class StepLog:
     """One line of trainer_log.jsonl. Losses are nats per learnt token; `step` counts finished updates of the run.
 
-    `epoch` counts from the start of the phase. `learning_rate` is the highest among the parameter groups. `l2`: the
-    penalty, apart from the loss. `event`: what happened after this update, for a reader.
+    `epoch` counts from the start of the phase. `learning_rate` is the highest among the parameter groups. `l2`,
+    `orthogonality`, `ewc`: penalties, apart from the loss. `event`: what happened after this update, for a reader.
     """
 
     step: int
@@ -62,6 +62,8 @@ class StepLog:
     phase: str | None = None
     l2: float | None = None
     event: str | None = None
+    orthogonality: float | None = None
+    ewc: float | None = None
 
 
 @dataclass(slots=True)
@@ -102,6 +104,7 @@ class Run:
     observe: Callable[[StepLog], None] = lambda log: None
     should_stop: Callable[[], bool] = lambda: False
     on_saved: Callable[[], None] = lambda: None
+    terms: Mapping[str, Penalty] = field(default_factory=dict)  # of the loss besides L2, by their name in the log
     start: int = 0  # updates that the checkpoint it goes on from had made
     logs: list[StepLog] = field(default_factory=list)
     peak_bytes: int = 0
@@ -176,7 +179,7 @@ class _Phase:
         self._accelerator, self._model, self._trainable = accelerator, model, trainable
         self._since_look: list[float] = []  # training losses since the last look at the held-out rows
         self._optimizer: Any = None
-        self._penalty: Penalty | None = None
+        self._penalty: Penalties | None = None
         self._frozen = ""
         self._below: FrozenLayers | None = None
         self._lengths = [len(row.ids) for row in run.rows]
@@ -201,7 +204,10 @@ class _Phase:
         optimizer = torch.optim.AdamW(optimizer_groups(groups), weight_decay=s.weight_decay, fused=True)
         self._optimizer = self._accelerator.prepare(optimizer)
         matrices = lora_matrices(self.run.model.named_parameters())
-        self._penalty = partial(l2_penalty, matrices, s.lora_l2) if s.lora_l2 and matrices else None
+        terms = dict(self.run.terms)
+        if s.lora_l2 and matrices:
+            terms["l2"] = partial(l2_penalty, matrices, s.lora_l2)
+        self._penalty = Penalties(terms) if terms else None
         self._below = frozen_layers(self.run)
 
     def _first(self) -> int:
@@ -399,8 +405,8 @@ class _Phase:
             seconds=round(result.seconds, 4),
             eval_loss=eval_loss,
             phase=self.phase.name if len(run.phases) > 1 else None,
-            l2=result.l2 if self._penalty else None,
             event=event,
+            **(self._penalty.last if self._penalty else {}),
         )
         run.logs.append(log)
         run.peak_bytes = max(run.peak_bytes, peak_bytes())

@@ -5,7 +5,7 @@ Not AdamW's weight decay, which shrinks weights outside the loss and is `weight_
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -19,3 +19,16 @@ def l2_penalty(matrices: Iterable[torch.Tensor], strength: float) -> torch.Tenso
     """strength * sum of squares over all matrices, a scalar with a gradient of 2 * strength * matrix."""
     squares = [matrix.float().square().sum() for matrix in matrices]
     return strength * torch.stack(squares).sum()
+
+
+class Penalties:
+    """Several terms of the loss at once: called, it gives their sum. `last`: what each of them came to then."""
+
+    def __init__(self, terms: Mapping[str, Callable[[], torch.Tensor]]) -> None:
+        self._terms = dict(terms)
+        self.last: dict[str, float] = {}
+
+    def __call__(self) -> torch.Tensor:
+        values = {name: term() for name, term in self._terms.items()}
+        self.last = {name: value.detach().item() for name, value in values.items()}
+        return torch.stack([*values.values()]).sum()
