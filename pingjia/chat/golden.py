@@ -11,7 +11,9 @@ from typing import Any
 
 from pingjia.chat.hf import HFTokenizer
 from pingjia.chat.tokenizer import Tokenizer
+from pingjia.chat.tools import as_row
 from pingjia.errors import ModelError, RequestError
+from pingjia.types import Message, ToolCall
 
 CHATS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("user", "你好，请问退货需要几天？"),),
@@ -31,19 +33,37 @@ CHATS: tuple[tuple[tuple[str, str], ...], ...] = (
 )
 """Chinese and English, one and several turns, digits, code, emoji, and text that looks like special tokens."""
 
+TOOL_CHAT = (
+    Message("user", "北京明天要带伞吗？"),
+    Message("assistant", "", (ToolCall("get_weather", '{"city": "北京", "days": 1}'),)),
+    Message("tool", '{"rain": 0.8}'),
+)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "查询天气 weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
+    },
+}
+"""One more, for what was trained with tools."""
+
 _DAY = datetime(2024, 1, 1, tzinfo=UTC)  # some templates write the date; golden chats must not change overnight
 
 
-def golden_chats(tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def golden_chats(tokenizer: Tokenizer, *, with_tools: bool = False) -> list[dict[str, Any]]:
     """Each chat as {"messages": [{"role", "content"}], "ids": [...]}, rendered with the generation prompt.
 
-    Chats that the template refuses (no system role, say) are left out. Raises ModelError when it refuses all.
+    `with_tools` adds a chat with a call and its result, and with "tools". Chats that the template refuses (no system
+    role, say) are left out. Raises ModelError when it refuses all.
     """
+    chats: list[dict[str, Any]] = [{"messages": [{"role": r, "content": c} for r, c in chat]} for chat in CHATS]
+    if with_tools:
+        chats.append({"messages": [as_row(message) for message in TOOL_CHAT], "tools": [TOOL]})
     golden = []
-    for chat in CHATS:
-        messages = [{"role": role, "content": content} for role, content in chat]
+    for chat in chats:
         try:
-            golden.append({"messages": messages, "ids": _render(tokenizer, messages)})
+            golden.append({**chat, "ids": _render(tokenizer, chat)})
         except RequestError as e:
             refusal = e
     if not golden:
@@ -55,7 +75,7 @@ def check_golden(tokenizer: Tokenizer, golden: Sequence[dict[str, Any]]) -> None
     """Raises ModelError naming the first chat that this tokenizer renders differently."""
     for number, chat in enumerate(golden, start=1):
         try:
-            ids = _render(tokenizer, chat["messages"])
+            ids = _render(tokenizer, chat)
         except RequestError as e:
             raise ModelError(_differs(number, chat, str(e))) from None
         if ids != list(chat["ids"]):
@@ -64,9 +84,9 @@ def check_golden(tokenizer: Tokenizer, golden: Sequence[dict[str, Any]]) -> None
             raise ModelError(_differs(number, chat, f"ids differ from token {at} on"))
 
 
-def _render(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
+def _render(tokenizer: Tokenizer, chat: dict[str, Any]) -> list[int]:
     fixed = tokenizer.at(lambda: _DAY) if isinstance(tokenizer, HFTokenizer) else tokenizer
-    return fixed.render(messages, add_generation_prompt=True)
+    return fixed.render(chat["messages"], add_generation_prompt=True, tools=chat.get("tools", ()))
 
 
 def _differs(number: int, chat: dict[str, Any], how: str) -> str:

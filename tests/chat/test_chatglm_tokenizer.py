@@ -368,6 +368,58 @@ def test_the_prompt_of_training_is_the_prompt_of_serving(name: str, request: pyt
     assert encoded.where == "file:1"
 
 
+TOOLS = ('{"name": "price", "parameters": {"type": "object"}}',)
+WITH_TOOLS = (
+    Message("system", "简短"),
+    Message("user", "天气"),
+    Message("assistant", "世界", (ToolCall("price", '{"area": 13}'), ToolCall("price", "{}"))),
+    Message("tool", "13"),
+    Message("tool", "14"),
+    Message("assistant", "很好"),
+    Message("user", "你好"),
+    Message("assistant", "", (ToolCall("price", '{"area": "世界"}'),)),
+)
+
+
+@pytest.mark.parametrize("size", [3, 6, 8])
+@pytest.mark.parametrize("tools", [(), TOOLS])
+@pytest.mark.parametrize("system", [True, False])
+@pytest.mark.parametrize("name", ["v1", "v2", "v3"])
+def test_so_it_is_with_tools(
+    name: str, system: bool, tools: tuple[str, ...], size: int, request: pytest.FixtureRequest
+) -> None:
+    tokenizer = request.getfixturevalue(name)
+    row = Example(WITH_TOOLS[not system : size], tools=tools)
+    encoded = tokenizer.encode_example(row)
+    prompt = tokenizer.render(row.prompt, tools=tools)
+    assert list(encoded.ids[: len(prompt)]) == prompt
+    assert not encoded.learn[len(prompt) - 1]
+    assert all(encoded.learn[len(prompt) :])
+    assert encoded.ids[-1] in tokenizer.stop_ids
+    assert tuple(tokenizer.render(row.messages, False, tools)) == encoded.ids
+
+
+def test_v1_and_v2_have_tools_as_questions_and_answers(v1: ChatGLMTokenizer, v2: ChatGLM2Tokenizer) -> None:
+    """Neither knows a role for tools: the list stands in the first question, results are the next one."""
+    listed = '# 工具 / Tools\n{"name": "price", "parameters": {"type": "object"}}\n# 调用 / Call\n'
+    form = '{"name": "...", "arguments": {...}}'
+    call = '{"name": "price", "arguments": {"area": 13}}\n{"name": "price", "arguments": {}}'
+    results = "# 结果 / Result (price)\n13\n# 结果 / Result (price)\n14"
+    texts = [[f"简短\n\n{listed}{form}\n天气", f"世界\n{call}"]]
+    for tokenizer in (v1, v2):
+        assert tokenizer.render(WITH_TOOLS[:5], tools=TOOLS) == tokenizer.render(chat(results, texts))
+
+
+@pytest.mark.parametrize("name", ["v1", "v2", "v3"])
+def test_an_earlier_answer_may_be_read_only(name: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(name)
+    turns = [Message(m.role, m.content, learn=i != 1) for i, m in enumerate(TWO_ROUNDS.messages)]
+    encoded, whole = tokenizer.encode_example(Example(tuple(turns))), tokenizer.encode_example(TWO_ROUNDS)
+    start = len(tokenizer.render(turns[:3]))
+    assert encoded.ids == whole.ids
+    assert encoded.learn == (False,) * start + whole.learn[start:]
+
+
 @pytest.mark.parametrize("name", ["v1", "v2"])
 def test_earlier_answers_are_part_of_the_prompt(name: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(name)

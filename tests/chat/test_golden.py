@@ -1,5 +1,6 @@
 """Golden chats find a tokenizer that renders differently from the one of training."""
 
+import json
 from typing import Any
 
 import pytest
@@ -66,3 +67,25 @@ def test_golden_chats_do_not_depend_on_the_day(make_model: Any, byte_level: toke
     tokenizer = make_model(byte_level, "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
     assert tokenizer.decode(golden_chats(tokenizer)[0]["ids"]).startswith("01 Jan 2024")
     assert not tokenizer.decode(tokenizer.render([{"role": "user", "content": "x"}])).startswith("01 Jan 2024")
+
+
+def test_a_chat_with_tools_for_what_was_trained_with_them(smollm2: HFTokenizer) -> None:
+    golden = json.loads(json.dumps(golden_chats(smollm2, with_tools=True)))
+    assert golden[:-1] == golden_chats(smollm2)
+    assert '"name": "get_weather", "description": "查询天气' in smollm2.decode(golden[-1]["ids"])
+    check_golden(smollm2, golden)
+    del golden[-1]["tools"]
+    with pytest.raises(ModelError, match="golden chat 6"):
+        check_golden(smollm2, golden)
+
+
+def test_another_form_of_calls_is_found(make_model: Any, byte_level: tokenizers.Tokenizer) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}"
+        "{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>{% endfor %}"
+    )
+    golden = golden_chats(make_model(byte_level, "{{ tools }}" + template), with_tools=True)
+    plain = make_model(byte_level, "{{ tools }}" + template.replace("tool_calls", "no_calls"))
+    check_golden(make_model(byte_level, "{{ tools }}" + template), golden)
+    with pytest.raises(ModelError, match="golden chat 6"):
+        check_golden(plain, golden)

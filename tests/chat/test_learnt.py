@@ -31,3 +31,9 @@ def test_every_answer_is_learnt_once(prompt: list[int], turns: list[tuple[list[i
     assert learnt == [i for answer, _ in turns for i in [*answer, 0]]
     assert not any(encoded.learn[: len(prompt)])
     assert encoded.ids[-1] == 0
+
+
+def test_answers_that_are_not_wanted_are_read() -> None:
+    encoded = learn_answers([5], [[1, 0, 7], [2, 7], [3, 0]], STOP, wanted=[True, False, True])
+    assert encoded.ids == (5, 1, 0, 7, 2, 7, 3, 0)  # what is not learnt needs no end
+    assert encoded.learn == (False, True, True, False, False, False, True, True)

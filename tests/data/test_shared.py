@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pingjia.chat import load_tokenizer
 from pingjia.chat.tokenizer import Tokenizer
+from pingjia.chat.tools import parse_tool_calls
 from pingjia.data import Problem, check_files, encode_examples, read_examples
 
 
@@ -45,9 +47,34 @@ def test_glaive_conversations_with_tools(shared: Path, smollm2: Tokenizer) -> No
         assert ends == num_answers[row.where]
 
 
-def test_the_tools_column_is_not_read_and_said_so(shared: Path) -> None:
+def test_glaive_tools_and_calls_are_read(shared: Path) -> None:
+    examples = list(read_examples([shared / "glaive_toolcall_zh_demo.json"], on_problem=print))
+    calls = [call for e in examples for m in e.messages for call in m.tool_calls]
+    assert len(calls) == 216
+    assert sum(bool(e.tools) for e in examples) == 200
+    assert sum(len(e.tools) for e in examples) == 239
+    assert sum(m.role == "tool" for e in examples for m in e.messages) == 218  # two answer what is no call
     report = check_files([shared / "glaive_toolcall_zh_demo.json"])
-    assert [(n.line, n.field) for n in report.notes if n.field != "row"] == [(2, "tools")]
+    assert [n.field for n in report.notes if n.field == "tools"] == []
+
+
+def test_glaive_calls_are_found_in_what_is_learnt(shared: Path, smollm2: Tokenizer) -> None:
+    for example in read_examples([shared / "glaive_toolcall_zh_demo.json"], on_problem=print):
+        encoded = smollm2.encode_example(example)
+        prompt = smollm2.render(example.prompt, tools=example.tools)
+        assert list(encoded.ids[: len(prompt)]) == prompt
+        last = example.messages[-1]
+        assert parse_tool_calls(smollm2.decode(encoded.ids[len(prompt) :])) == (last.content, last.tool_calls)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tiny_v1_chat", "tiny_v2"])
+def test_glaive_with_chatglm(shared: Path, name: str) -> None:
+    tokenizer = load_tokenizer(shared.parent / "fixtures" / "chatglm" / name)
+    for example in read_examples([shared / "glaive_toolcall_zh_demo.json"], on_problem=print):
+        encoded = tokenizer.encode_example(example)
+        prompt = tokenizer.render(example.prompt, tools=example.tools)
+        assert list(encoded.ids[: len(prompt)]) == prompt
+        assert all(encoded.learn[len(prompt) :])
 
 
 def test_information_extraction_lines(shared: Path, smollm2: Tokenizer) -> None:
