@@ -60,7 +60,17 @@ def _repeated_sentence(text: str) -> str | None:
 def _may_loop(text: str) -> bool:
     """A quick no. A loop is a third of the text or its end, so one of these four places is in it."""
     places = (len(text) // 4, len(text) // 2, 3 * len(text) // 4, len(text.rstrip()) - 4)
-    return any(text.count(text[at : at + 4]) >= _REPEATS - 1 for at in places)
+    return any(_comes_again(text, at) for at in places)
+
+
+def _comes_again(text: str, at: int) -> bool:
+    """Whether the four characters at a place stand twice more behind or before it, at one distance of up to 60."""
+    piece, is_there = text[at : at + 4], text.startswith
+    return any(
+        (is_there(piece, at + d) and is_there(piece, at + 2 * d))
+        or (at >= 2 * d and is_there(piece, at - d) and is_there(piece, at - 2 * d))
+        for d in range(2, 61)
+    )
 
 
 def _loop(text: str) -> str | None:
@@ -234,9 +244,13 @@ def _echo(example: Example) -> str | None:
     asked = example.messages[-2]
     if asked.role != "user" or _ASKS_TO_REPEAT.search(asked.content):
         return None
-    question, answer = _plain(asked.content), _plain(_LEAD_IN.sub("", example.response))
-    if not answer or not question or _GREETING.fullmatch(question):
+    question, response = _plain(asked.content), _LEAD_IN.sub("", example.response)
+    head = _plain(response[:32])
+    if not head or not question or head[: len(question)] != question[: len(head)]:  # so begins no echo
         return None
+    if _GREETING.fullmatch(question):
+        return None
+    answer = _plain(response)
     times = len(answer) // len(question)
     if times == 1 and answer == question:
         return "the answer equals the question"
