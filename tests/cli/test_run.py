@@ -275,8 +275,26 @@ def test_prepare_sets_bad_rows_aside(
     out = tmp_path / "prepared"
     outcome = pingjia("data", "prepare", recipe(dataset=str(rows), cutoff_len=64), "--out", out)
     assert outcome.code == 0, outcome.err
-    assert "1 rows in" in outcome.out
-    assert "2 in" in outcome.out
+    assert "3 rows: 1 kept, 2 left out" in outcome.out
+    assert "left out 1: repeated" in outcome.out
+    assert (out / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    again = pingjia("data", "prepare", recipe(dataset=str(rows), cutoff_len=64), "--out", out, "--json")
+    assert json.loads(again.out)["num_kept"] == 1
     assert len((out / "train.jsonl").read_text(encoding="utf-8").splitlines()) == 1
     assert len((out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()) == 2
     assert pingjia("train", recipe(dataset=str(out / "train.jsonl"), cutoff_len=64, max_steps=2)).code == 0
+
+
+def test_a_recipe_that_prepares_trains_on_the_result(
+    pingjia: Pingjia, recipe: Recipe, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    good = [{"prompt": f"第{word}问？", "response": f"这是{word}的答案。"} for word in "春夏秋冬"]
+    rows = write_rows([*good, good[0], {"prompt": "再问一次？", "response": "再问一次？"}])
+    outcome = pingjia("train", recipe(dataset=str(rows), max_steps=2, prepare={"rules": {"skip": []}}))
+    assert outcome.code == 0, outcome.err
+    assert "left out 1: duplicate" in outcome.out
+    assert "left out 1: echo" in outcome.out
+    assert "4 rows," in outcome.out
+    about = json.loads((tmp_path / "out" / "pingjia.json").read_text(encoding="utf-8"))
+    assert about["data"]["num_rows"] == 4
+    assert about["data"]["files"][0].endswith("data/train.jsonl")
