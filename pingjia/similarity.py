@@ -3,29 +3,34 @@
 Vectors come from an encoder (`models/encoder.py`), which the caller brings: data preparation and evaluation both
 compare with it and neither imports torch.
 
-Shapes: T tokens, H numbers per vector.
+Shapes: T tokens, H numbers per vector, N texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import log
 from typing import Protocol
 
 import numpy as np
 
+_AT_ONCE = 32  # pairs whose vectors are held together: 50 MB at 512 tokens of 384 numbers
+
 
 @dataclass(frozen=True, slots=True)
 class Vectors:
     """One text: its tokens with the encoder's marks ([CLS], [SEP]) around them, vectors [T, H] of unit length.
 
-    Marks are compared with, but weigh nothing.
+    `is_mark` [T]: marks are compared with, but weigh nothing. `unknown`: the share of the other tokens that the encoder
+    has no entry for ([UNK]); they all look alike to it.
     """
 
     ids: tuple[int, ...]
     vectors: np.ndarray
     is_mark: np.ndarray
+    unknown: float = 0.0
 
 
 class TextEncoder(Protocol):
@@ -48,13 +53,26 @@ class Score:
     recall: float
     f1: float
 
+    def rescaled(self, baseline: Score) -> Score:
+        """Stretched so that `baseline`, what unrelated texts score, becomes 0; 1 stays 1."""
+        return Score(
+            _stretch(self.precision, baseline.precision),
+            _stretch(self.recall, baseline.recall),
+            _stretch(self.f1, baseline.f1),
+        )
 
-def bert_score(candidate: Vectors, reference: Vectors, idf: Mapping[int, float] | None = None) -> Score:
+
+def _stretch(value: float, zero: float) -> float:
+    return (value - zero) / (1 - zero)
+
+
+def bert_score(candidate: Vectors, reference: Vectors, idf: Idf | None = None) -> Score:
     """Greedy matching of token vectors by cosine (arXiv:1904.09675); equal to the package bert-score to 1e-5.
 
-    Without `idf` every token but the marks weighs 1. A text without tokens scores 0 against any other.
+    Without `idf` every token but the marks weighs 1. A text without tokens scores 0 against any other, and so does one
+    whose tokens all weigh 0.
     """
-    if _is_empty(candidate) or _is_empty(reference):
+    if candidate.is_mark.all() or reference.is_mark.all():
         return Score(0.0, 0.0, 0.0)
     cosine = candidate.vectors @ reference.vectors.T
     precision = _mean(cosine.max(axis=1), _weights(candidate, idf))
@@ -63,30 +81,47 @@ def bert_score(candidate: Vectors, reference: Vectors, idf: Mapping[int, float] 
     return Score(precision, recall, 2 * precision * recall / total if total else 0.0)
 
 
-def _is_empty(text: Vectors) -> bool:
-    return bool(text.is_mark.all())
-
-
-def _weights(text: Vectors, idf: Mapping[int, float] | None) -> np.ndarray:
-    weights = np.array([1.0 if idf is None else idf.get(i, 0.0) for i in text.ids], np.float32)
+def _weights(text: Vectors, idf: Idf | None) -> np.ndarray:
+    weights = np.ones(len(text.ids), np.float32) if idf is None else idf.of_tokens(text.ids)
     return np.where(text.is_mark, np.float32(0), weights)
 
 
 def _mean(values: np.ndarray, weights: np.ndarray) -> float:
     total = float(weights.sum())
-    return float((values * weights).sum() / total) if total else 0.0
+    return float(values @ weights) / total if total else 0.0
 
 
-class Idf(dict[int, float]):
-    """Weights of tokens from the texts that are compared against; a token that is in none of them weighs the most."""
+@dataclass(frozen=True, slots=True)
+class Idf:
+    """How much a token tells: log((N + 1) / (n + 1)) for one that is in n of N references, `unseen` for one in none."""
 
-    def __init__(self, references: Sequence[Vectors]) -> None:
-        counts: dict[int, int] = {}
-        for text in references:
-            for token in set(text.ids):
-                counts[token] = counts.get(token, 0) + 1
-        self._unseen = log(len(references) + 1)
-        super().__init__({token: log((len(references) + 1) / (count + 1)) for token, count in counts.items()})
+    weights: Mapping[int, float]
+    unseen: float
 
-    def get(self, key: int, default: float = 0.0) -> float:  # type: ignore[override]
-        return super().get(key, self._unseen)
+    @classmethod
+    def of(cls, references: Sequence[Vectors]) -> Idf:
+        num_texts = len(references)
+        counts = Counter(token for text in references for token in set(text.ids))
+        return cls({token: log((num_texts + 1) / (n + 1)) for token, n in counts.items()}, log(num_texts + 1))
+
+    def of_tokens(self, ids: Sequence[int]) -> np.ndarray:
+        """float32 [T]."""
+        return np.array([self.weights.get(token, self.unseen) for token in ids], np.float32)
+
+
+def encode_pairs(pairs: Sequence[tuple[str, str]], encoder: TextEncoder) -> Iterator[tuple[int, Vectors, Vectors]]:
+    """(index, candidate, reference) of every pair once, pairs of like length together and so not in order.
+
+    Padding costs time, and only the vectors of _AT_ONCE pairs are held.
+    """
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    for start in range(0, len(order), _AT_ONCE):
+        some = order[start : start + _AT_ONCE]
+        vectors = encoder.token_vectors([text for side in (0, 1) for text in (pairs[i][side] for i in some)])
+        yield from zip(some, vectors[: len(some)], vectors[len(some) :], strict=True)
+
+
+def bert_scores(pairs: Sequence[tuple[str, str]], encoder: TextEncoder) -> list[Score]:
+    """BERTScore of every (candidate, reference), in order, without idf: every token weighs the same."""
+    scores = {i: bert_score(candidate, reference) for i, candidate, reference in encode_pairs(pairs, encoder)}
+    return [scores[i] for i in range(len(pairs))]
