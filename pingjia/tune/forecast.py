@@ -1,0 +1,75 @@
+"""The memory plan of a run that is ready to start: its facts, put into the arithmetic of `memory.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from pingjia.tune.batches import longest_micro
+from pingjia.tune.frozen import layers_of, num_frozen_layers
+from pingjia.tune.groups import layer_of
+from pingjia.tune.loop import Run
+from pingjia.tune.memory import Adapters, Held, MemoryPlan, NetworkShape, Work, plan_memory
+from pingjia.tune.relief import release_memory, resident_bytes
+from pingjia.types import Encoded
+
+
+def forecast(run: Run) -> MemoryPlan:
+    """What the run will hold at its peak if it computes as its recipe says, the longest micro-batch of all phases."""
+    config = run.model.get_base_model().config
+    return plan_memory(
+        NetworkShape.of(config),
+        _adapters(run),
+        _work(run, _longest(run)),
+        _held(run),
+        kept_states=_kept_states(run, config.hidden_size),
+    )
+
+
+def _longest(run: Run) -> list[Encoded]:
+    lengths, size = [len(row.ids) for row in run.rows], run.settings.per_device_train_batch_size
+    found = (longest_micro(phase.plan, lengths, size) for phase in run.phases)
+    return [run.rows[number] for number in max(found, key=lambda rows: sum(lengths[row] for row in rows))]
+
+
+def _adapters(run: Run) -> Adapters:
+    layers = {n: m for n, m in run.model.named_modules() if isinstance(m, LoraLayer) and m.lora_A}
+    return Adapters(
+        inputs={name: module.in_features for name, module in layers.items()},
+        ranks={name: sum(module.r.values()) for name, module in layers.items()},
+        dropout=run.settings.lora_dropout > 0,
+        mask_bytes=4 if run.model.device.type == "cpu" else 1,
+    )
+
+
+def _work(run: Run, rows: list[Encoded]) -> Work:
+    learning = [layer_of(name) or 0 for name, p in run.model.named_parameters() if p.requires_grad]
+    return Work(
+        row_tokens=tuple(len(row.ids) for row in rows),
+        num_learnt=sum(row.num_learnt for row in rows),
+        num_learning_layers=len(layers_of(run.model)) - min(learning, default=0),
+        element_bytes=run.model.get_base_model().dtype.itemsize,
+        checkpointing=run.settings.gradient_checkpointing,
+    )
+
+
+def _held(run: Run) -> Held:
+    release_memory(run.model.device)
+    learning = [p for p in run.model.parameters() if p.requires_grad]
+    frozen = [p for p in run.model.parameters() if not p.requires_grad]
+    weights, adapters = _bytes([*frozen, *run.model.buffers()]), _bytes(learning)
+    process = max(0, resident_bytes() - weights - adapters) if run.model.device.type == "cpu" else 0
+    return Held(weights, adapters, sum(p.numel() for p in learning), process)
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _kept_states(run: Run, hidden: int) -> int:
+    if not num_frozen_layers(run.model):
+        return 0
+    size = run.model.get_base_model().dtype.itemsize
+    return min(int(run.settings.activation_cache_gb * 1e9), hidden * size * sum(len(row.ids) for row in run.rows))
