@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from pingjia.tune import Hooks, TrainPlan, TrainResult
     from pingjia.tune.loop import StepLog
+    from pingjia.tune.memory import MemoryPlan
 
 RecipePath = Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.", metavar="RECIPE")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as in the recipe.", metavar="[KEY=VALUE]...")]
@@ -111,6 +112,8 @@ def _print_plan(plan: TrainPlan) -> None:
         f"longest row {plan.longest} tokens; {plan.num_steps} updates"
     )
     _print_rates(plan)
+    if plan.memory is not None:
+        _print_memory(plan.memory)
     for problem in plan.dropped:
         console.print(f"  dropped: {problem}", markup=False)
     if plan.resume_from is not None:
@@ -128,6 +131,16 @@ def _print_rates(plan: TrainPlan) -> None:
         count, steps = f"{row.num_parameters:,}", str(row.num_steps)
         table.add_row(f"  {row.phase}", row.layers, ", ".join(row.modules), f"{row.rate:g}", count, steps)
     console.print(table)
+
+
+def _print_memory(plan: MemoryPlan) -> None:
+    learning = plan.adapters + plan.gradients + plan.optimizer
+    console.print(
+        f"  memory: about {megabytes(plan.total)}: base {megabytes(plan.weights)}, adapter, gradients and optimizer "
+        f"{megabytes(learning)}, activations of the longest batch ({plan.num_tokens:,} tokens) "
+        f"{megabytes(plan.activations + plan.working)}, logits {megabytes(plan.logits)}, kept states "
+        f"{megabytes(plan.kept_states)}, the program itself {megabytes(plan.process)}"
+    )
 
 
 def _print_result(result: TrainResult) -> None:
