@@ -20,6 +20,7 @@ from pingjia.tune.ladder import HALF, INT4, INT8, Rung, next_step, path, skipped
 from pingjia.tune.settings import TuneSettings
 
 OUT_OF_MEMORY = "out of memory"  # how the event begins that a step down the ladder leaves in the log
+_M_MMAP_THRESHOLD = -3  # glibc's number for it
 _LEFT_FREE = 0.05  # of what is free at the start, for what other programs take in the meantime
 
 
@@ -98,11 +99,24 @@ def release_memory(device: torch.device) -> None:
             trim(0)
 
 
+def return_freed_memory() -> None:
+    """Have glibc give back every freed block of a megabyte or more at once.
+
+    By itself it soon keeps blocks of up to 32 MB for later, in pieces between those still in use: a step on SmolLM2
+    then peaked 1.29 GB above the start instead of 0.82.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
 class Memory:
     """Which rung a run stands on, and how it gets to the next one."""
 
     def __init__(self, model: PeftModel, rung: Rung, settings: TuneSettings) -> None:
         self._model, self.rung = model, rung
+        return_freed_memory()
         self._refused = refusals(model)
         self.check = limit_memory(model, layers_of(model), settings.memory_limit_gb)
 
