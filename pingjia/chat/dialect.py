@@ -20,8 +20,9 @@ from pingjia.types import Message, ToolCall
 
 Row = dict[str, Any]
 Tools = Sequence[Mapping[str, Any]]
-Render = Callable[[list[Row], Tools | None], str]
-"""The template itself: rows and the variable `tools` in, text out. Raises RequestError when it refuses."""
+Render = Callable[[list[Row], bool, Tools | None], str]
+"""The template itself: rows, add_generation_prompt and the variable `tools` in, text out. Raises RequestError when it
+refuses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +106,12 @@ def find_dialect(render: Render, num_specials: Callable[[str], int]) -> Dialect:
     return Dialect(results=_role_of_results(render, num_specials, Dialect()), system=system)
 
 
-def _tried(render: Render, dialect: Dialect, messages: Sequence[Message], tools: Tools = ()) -> str:
+def _tried(
+    render: Render, dialect: Dialect, messages: Sequence[Message], tools: Tools = (), *, prompt: bool = False
+) -> str:
     """The text of a conversation; empty when the template refuses it."""
     try:
-        return render(dialect.rows(messages, tools), dialect.variable(tools))
+        return render(dialect.rows(messages, tools), prompt, dialect.variable(tools))
     except RequestError:
         return ""
 
@@ -139,14 +142,19 @@ def _role_of_results(render: Render, num_specials: Callable[[str], int], dialect
     """The role that a result is given in, if the template has one.
 
     A role it does not know may be refused, left out, or take the form of another role. One whose header is a special
-    token of its own is known better than one that is only written out.
+    token of its own is known better than one that is only written out. And some know it only beside their own form of
+    calls: without that, the prompt after a result is not what stands before its answer.
     """
-
-    before = [_QUESTION, Message("assistant", "ok") if dialect.calls == "text" else _CALL]
+    ok = Message("assistant", "ok")
+    before = [_QUESTION, ok if dialect.calls == "text" else _CALL, _RESULT]
 
     def text_of(role: str) -> str:
-        text = _tried(render, replace(dialect, results=role), [*before, _RESULT])
-        return text if _TEXT in text else ""
+        spelt = replace(dialect, results=role)
+        text = _tried(render, spelt, before)
+        is_kept = dialect.calls != "text" or _tried(render, spelt, [*before, ok]).startswith(
+            _tried(render, spelt, before, prompt=True)
+        )
+        return text if _TEXT in text and is_kept else ""
 
     others = {text_of(role) for role in ("user", "assistant", "system")}
     known = [role for role in ("tool", "observation") if text_of(role) and text_of(role) not in others]

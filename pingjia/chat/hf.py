@@ -171,9 +171,7 @@ class HFTokenizer:
         if self._template is None:
             raise ModelError(_NO_TEMPLATE)
         template = self._template
-        return find_dialect(
-            lambda rows, tools: template.render_rows(rows, False, tools), lambda text: len(self._specials.written(text))
-        )
+        return find_dialect(template.render_rows, lambda text: len(self._specials.written(text)))
 
     def _text(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools = ()) -> str:
         if self._template is None:

@@ -3,7 +3,10 @@
 The templates are small ones of our own that read tools the way the named families do.
 """
 
+import importlib.util
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +82,9 @@ ELSE = (  # takes every other role for a system message
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
     "{% else %}{{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+MOVES = CHATML.replace(  # after a result, an answer does not stand where its prompt ends
+    "<|im_start|>assistant", "<|im_start|>{{ 'assistant' if messages[-1].role in ('system', 'user') else 'reply' }}"
+)
 PRINTS = QWEN.replace("c.function.arguments | tojson", "c.function.arguments")  # a dict as Python prints it
 ONLY_TOOLS = CHATML.replace("{% for m", "{% if tools %}{{ tools | tojson }}{% endif %}{% for m", 1)
 
@@ -102,9 +108,11 @@ TEMPLATES: dict[str, tuple[str, list[str], dict[str, Any], Dialect]] = {
     "only_tools": (ONLY_TOOLS, ["<|im_start|>", "<|im_end|>"], {}, Dialect()),
     "prints": (PRINTS, ["<|im_start|>", "<|im_end|>"], {}, Dialect("variable", "string")),
     "else": (ELSE, ["<|im_start|>", "<|im_end|>"], {}, Dialect(results=None)),
+    "moves": (MOVES, ["<|im_start|>", "<|im_end|>"], {}, Dialect(results=None)),
     "strict": (STRICT, ["<|im_start|>", "<|im_end|>"], {}, Dialect(results=None, system=False)),
 }
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("f", "天气")]
+DESCRIBED = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
 F, G = ToolCall("f", '{"a": 1, "b": "x y"}', "call_abc1"), ToolCall("天气", '{"城市": ["北京", null]}', "call_abc2")
 
 
@@ -297,3 +305,51 @@ def test_turns_that_are_not_wanted_are_read_as_ever(tokenizer: HFTokenizer) -> N
 def test_conversations_without_tools_never_ask_what_a_template_knows(tokenizer: HFTokenizer) -> None:
     tokenizer.encode_example(Example((Message("user", "?"), Message("assistant", "ok"))))
     assert "_dialect" not in vars(tokenizer)
+
+
+# ---- published templates
+
+# Whose calls are found again. Others write them in forms that are not read, such as XML argument by argument.
+FOUND = {"qwen2_5", "qwen3", "qwen3_vl", "qwen3_instruct_2507", "llama3_1", "llama3_2", "llama3", "phi3", "phi3_5"}
+FOUND |= {"gemma", "gemma3", "cohere", "cohere2", "lfm2"}
+
+
+def published() -> dict[str, str]:
+    """Templates of public models, which the package trl holds."""
+    package = importlib.util.find_spec("trl")
+    folder = Path(package.origin).parent / "chat_templates" if package and package.origin else Path("none")
+    files = (f for f in sorted(folder.glob("*.jinja")) if "training" not in f.stem)
+    return {file.stem: file.read_text(encoding="utf-8") for file in files}
+
+
+PUBLISHED = published()
+
+
+@pytest.mark.skipif(not PUBLISHED, reason="the published templates in the package trl are needed")
+def test_the_published_templates_we_name_are_there() -> None:
+    assert set(PUBLISHED) >= FOUND
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_published_templates_train_as_they_serve(name: str, make_model: Make, train_bpe: TrainBpe) -> None:
+    """Whatever trains without tools trains with them, and the prompts are the same in serving."""
+    source = PUBLISHED[name]
+    found = re.findall(r"<[|｜][^|｜<>\n]{1,30}[|｜]?>|<\w{1,30}[|｜]>|<\w+_of_\w+>", source)
+    specials = sorted({"<bos>", "<eos>", "<|im_end|>", *found})
+    stops = [t for t in ("<|user|>", "<|observation|>", "<|tool_response>", "<|call|>") if t in specials]
+    tokenizer = make_model(train_bpe(specials), source, bos_token="<bos>", eos_token="<eos>", stop_tokens=stops)
+    turns = (Message("user", "?"), Message("assistant", "", (F,)), Message("tool", "20"), Message("assistant", "ok"))
+    try:
+        tokenizer.encode_example(Example((turns[0], turns[3], turns[0], turns[3])))
+    except (ModelError, RequestError) as e:
+        pytest.skip(f"does not train without tools either: {e}")
+    encoded = tokenizer.encode_example(Example(turns, tools=(read_tool(DESCRIBED),)))
+    for size in (1, 3):
+        prompt = tokenizer.render(turns[:size], tools=[DESCRIBED])
+        assert list(encoded.ids[: len(prompt)]) == prompt
+        assert encoded.learn[len(prompt)]
+    start, end = (len(tokenizer.render(turns[:size], tools=[DESCRIBED])) for size in (1, 3))
+    learnt = [i for i, learn in zip(encoded.ids[start:end], encoded.learn[start:end], strict=True) if learn]
+    assert "x y" in tokenizer.decode(learnt)
+    if name in FOUND:
+        assert parse_tool_calls(tokenizer.decode(learnt)) == ("", (ToolCall(F.name, F.arguments),))
