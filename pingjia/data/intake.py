@@ -105,7 +105,7 @@ def read_raw(files: Iterable[str], on_note: OnProblem) -> Iterator[RawRow]:
             elif row.line == 0:
                 raise DataError(f"{name}: {row.field}: {row.reason}")
             else:
-                yield RawRow(where, text=row.text, fault=Finding(row.field, row.field, row.reason))
+                yield RawRow(where, text=row.text, fault=Finding(row.rule, row.field, row.reason))
 
 
 def chunks_of(rows: Iterable[RawRow], size: int = CHUNK_ROWS) -> Iterator[Chunk]:

@@ -21,6 +21,9 @@ class Row:
     value: dict[str, Any]
 
 
+_KINDS = frozenset({"json", "encoding", "csv", "header", "line", "file", "row"})
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """What is wrong with a row or a file (line 0). `lost` is False for a remark: the row is there nevertheless.
@@ -33,6 +36,11 @@ class Fault:
     reason: str
     lost: bool = True
     text: str = ""
+
+    @property
+    def rule(self) -> str:
+        """A stable name for what is wrong: the field, or "row" where that is a name out of the user's own file."""
+        return self.field if self.field in _KINDS else "row"
 
 
 def shown(data: bytes) -> str:

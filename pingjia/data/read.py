@@ -31,7 +31,7 @@ class Reader:
             if not isinstance(row, Row):
                 self.num_rows += row.lost and row.line > 0
                 tell = self._on_problem if row.lost else self._on_note
-                tell(Problem(name, row.line, row.field, row.reason, row.field if row.lost else ""))
+                tell(Problem(name, row.line, row.field, row.reason, row.rule if row.lost else ""))
                 continue
             self.num_rows += 1
             parsed = parse_row(row.value, f"{name}:{row.line}")

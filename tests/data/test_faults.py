@@ -24,7 +24,7 @@ from pingjia.data.settings import DataSettings, DuplicateSettings, PrepareSettin
 from pingjia.types import Example
 
 FOLDER = Path(__file__).parent / "fixtures"
-OF_FORM = ("json", "encoding", "row", "response")  # "response" is the key of a row that is given twice
+OF_FORM = ("json", "encoding", "row")
 
 
 @pytest.fixture(scope="module")

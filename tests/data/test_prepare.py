@@ -45,7 +45,7 @@ LONG = {"prompt": "长" * 300, "response": "好的", "domain": "a"}
 
 
 def _rows(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 @pytest.fixture
