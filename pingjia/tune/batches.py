@@ -64,13 +64,16 @@ class BatchPlan:
             yield step, [rows[i : i + self.rows_per_micro] for i in range(0, len(rows), self.rows_per_micro)]
 
 
-def share_out(rows: Sequence[int], lengths: Sequence[int], rows_per_micro: int) -> list[list[int]]:
+def share_out(
+    rows: Sequence[int], lengths: Sequence[int], rows_per_micro: int, num_processes: int = 1
+) -> list[list[int]]:
     """The rows of one update as micro-batches of at most `rows_per_micro`, about equally long in tokens.
 
     lengths[row]: its tokens. As few micro-batches as there can be; inside each the order of the update. The longest row
     goes first, each to where there are fewest tokens: the longest micro-batch decides how much memory a run needs.
+    With several processes their number divides that of the micro-batches, and some of them may be empty.
     """
-    count = math.ceil(len(rows) / rows_per_micro)
+    count = math.ceil(len(rows) / (rows_per_micro * num_processes)) * num_processes
     micros: list[list[int]] = [[] for _ in range(count)]
     tokens = [0] * count
     for place in sorted(range(len(rows)), key=lambda place: (-lengths[rows[place]], place)):
@@ -79,6 +82,19 @@ def share_out(rows: Sequence[int], lengths: Sequence[int], rows_per_micro: int) 
         micros[micro].append(place)
         tokens[micro] += lengths[rows[place]]
     return [[rows[place] for place in sorted(micro)] for micro in micros]
+
+
+def share_of_process(
+    rows: Sequence[int], lengths: Sequence[int], rows_per_micro: int, rank: int, num_processes: int
+) -> list[tuple[list[int], bool]]:
+    """(rows, whether they are idle) of each micro-batch of one process. Every process has equally many.
+
+    One with nothing to do is idle: it computes the shortest row of the update, and nothing comes of it, because all
+    must take part whenever a layer is gathered.
+    """
+    shortest = min(rows, key=lambda row: lengths[row])
+    micros = share_out(rows, lengths, rows_per_micro, num_processes)[rank::num_processes]
+    return [(micro or [shortest], not micro) for micro in micros]
 
 
 def longest_micro(plan: BatchPlan, lengths: Sequence[int], rows_per_micro: int, start: int = 0) -> list[int]:

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 from pingjia.errors import StorageError, TrainingError
+from pingjia.models.device import set_rng_state
 from pingjia.tune.guards import require_nonzero_adapter
 from pingjia.tune.pissa import as_lora
 
@@ -55,6 +56,12 @@ def checkpoints(output_dir: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda c: c.step)
 
 
+def step_of(checkpoint: Path | None) -> int:
+    """Updates that a checkpoint holds, by its name; 0 for none."""
+    match = _NAME.search(checkpoint.name) if checkpoint else None
+    return int(match[1]) if match else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Saved:
     """A checkpoint in memory. `progress`: where the run stood, as `loop.Progress` wrote it."""
@@ -63,14 +70,15 @@ class Saved:
     progress: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
     optimizer: Mapping[str, Any] | None
-    rng: Mapping[str, Any]
+    rng: Sequence[Mapping[str, Any]]
 
 
 def save_checkpoint(
     output_dir: Path,
     progress: Mapping[str, Any],
     model: PeftModel,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: Mapping[str, Any] | None,
+    rng: Sequence[Mapping[str, Any]],
     *,
     fingerprint: str,
     log: str,
@@ -78,12 +86,12 @@ def save_checkpoint(
 ) -> Checkpoint:
     """Write checkpoint-<step>, then delete all but the newest `keep`. StorageError leaves the earlier ones alone.
 
-    `optimizer` is None between two phases: the next one begins with its own.
+    `optimizer`: its state, or None between two phases: the next one begins with its own. `rng`: the random state of
+    every process.
     """
     step = progress["step"]
     target = output_dir / f"checkpoint-{step:06d}"
-    held = optimizer.state_dict() if optimizer is not None else None
-    state = {"progress": dict(progress), "fingerprint": fingerprint, "optimizer": held, "rng": rng_state()}
+    state = {"progress": dict(progress), "fingerprint": fingerprint, "optimizer": optimizer, "rng": list(rng)}
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with new_directory(target) as folder:
@@ -123,15 +131,15 @@ def load_tensors(model: PeftModel, tensors: Mapping[str, torch.Tensor], where: P
         )
 
 
-def restore_optimizer(saved: Saved, optimizer: torch.optim.Optimizer) -> None:
-    """Optimizer and random state of a checkpoint. The random state last: building things draws from it."""
+def restore_optimizer(saved: Saved, optimizer: torch.optim.Optimizer, rank: int = 0) -> None:
+    """Optimizer and random state of a checkpoint. The random state last: building things draws from it.
+
+    A process that was not there when it was written goes on with the state it was given by its seed.
+    """
     if saved.optimizer is not None:
         optimizer.load_state_dict(dict(saved.optimizer))
-    restore_rng(saved)
-
-
-def restore_rng(saved: Saved) -> None:
-    set_rng_state(saved.rng)
+    if rank < len(saved.rng):
+        set_rng_state(saved.rng[rank])
 
 
 # ---- the best weights so far, where a run watches for them
@@ -262,20 +270,6 @@ def disk_message(target: Path, error: OSError) -> str:
     before = checkpoints(target.parent)
     last = f"the last good one is {before[-1].path}" if before else "no earlier one exists"
     return f"{target} could not be saved: {reason}; {last}. Make room and run the same command to go on"
-
-
-def rng_state() -> dict[str, Any]:
-    """Where torch's generators stand."""
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def run_fingerprint(parts: Mapping[str, Any]) -> str:

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 
 from pingjia.errors import StorageError, TrainingError
 from pingjia.meter import peak_bytes
+from pingjia.models.device import rng_state, set_rng_state
 from pingjia.models.family import Family
 from pingjia.tune import checkpoint as disk
-from pingjia.tune.batches import longest_micro, share_out
+from pingjia.tune.batches import longest_micro, share_of_process
 from pingjia.tune.checkpoint import LOG_FILE, Saved, disk_message
+from pingjia.tune.distributed import Alone, Holding
 from pingjia.tune.frozen import FrozenLayers, num_frozen_layers
 from pingjia.tune.groups import RateGroup, Rates, group_parameters, optimizer_groups
 from pingjia.tune.guards import MOVED_AFTER_STEPS, MovedCheck
@@ -38,6 +39,7 @@ from pingjia.tune.watch import Watch
 from pingjia.types import Encoded
 
 T = TypeVar("T")
+_SEED_STRIDE = 1_000_003  # between the seeds of processes; no one chooses seeds so far apart
 SHRUNK = "over-fitting"  # how the event begins that makes the adapter smaller
 
 
@@ -47,6 +49,7 @@ class StepLog:
 
     `epoch` counts from the start of the phase. `learning_rate` is the highest among the parameter groups. `l2`,
     `orthogonality`, `ewc`: penalties, apart from the loss. `event`: what happened after this update, for a reader.
+    `rates`: of each parameter group. `peak_bytes`: most memory the first process has held.
     """
 
     step: int
@@ -64,6 +67,8 @@ class StepLog:
     event: str | None = None
     orthogonality: float | None = None
     ewc: float | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -100,10 +105,12 @@ class Run:
     num_layers: int
     fingerprint: str
     output_dir: Path
+    ranks: Alone
     resume_from: Path | None = None
     observe: Callable[[StepLog], None] = lambda log: None
     should_stop: Callable[[], bool] = lambda: False
     on_saved: Callable[[], None] = lambda: None
+    on_shared_out: Callable[[Sequence[Holding]], None] = lambda holdings: None
     terms: Mapping[str, Penalty] = field(default_factory=dict)  # of the loss besides L2, by their name in the log
     start: int = 0  # updates that the checkpoint it goes on from had made
     logs: list[StepLog] = field(default_factory=list)
@@ -131,29 +138,34 @@ def rate_groups(run: Run, phase: Phase, trainable: frozenset[str]) -> list[RateG
 
 def run_training(run: Run) -> bool:
     """Make every update that is left. True when complete, False when `should_stop` ended it (it is saved then)."""
-    accelerator = Accelerator(cpu=run.model.device.type == "cpu")
-    if accelerator.num_processes != 1:
-        raise TrainingError(f"started as {accelerator.num_processes} processes; this version trains in one process")
-    trainable = trainable_names(run.model)
-    saved = disk.read_checkpoint(run.resume_from, fingerprint=run.fingerprint) if run.resume_from else None
+    ranks, trainable = run.ranks, trainable_names(run.model)
+    saved = ranks.from_first(partial(_read_saved, run))
     first_rung = Rung(run.settings.per_device_train_batch_size, run.settings.gradient_checkpointing)
     progress = Progress.of(saved.progress) if saved else Progress(run.settings.lora_rank, first_rung)
-    memory = Memory(run.model, first_rung, run.settings) if run.settings.memory == "auto" else None
+    adapts_memory = run.settings.memory == "auto" and ranks.size == 1
+    memory = Memory(run.model, first_rung, run.settings) if adapts_memory else None
     if memory:
         memory.go_to(progress.rung)
     if saved:
         _restore_weights(run, progress, saved)
     run.start = progress.step
-    run.logs = _restore_log(run.resume_from)
-    _write_log(run.output_dir / LOG_FILE, _text(run.logs), "w")
-    model = accelerator.prepare(run.model)
+    run.logs = ranks.from_first(partial(_restore_log, run.resume_from))
+    if ranks.is_first:
+        _write_log(run.output_dir / LOG_FILE, _text(run.logs), "w")
+    model = ranks.prepare(run.model)
+    if ranks.rank and saved is None:
+        torch.manual_seed(run.settings.seed + _SEED_STRIDE * ranks.rank)  # or all would draw the same dropout
     while progress.phase < len(run.phases):
-        work = _Phase(run, accelerator, model, progress, trainable, memory)
+        work = _Phase(run, model, progress, trainable, memory)
         work.open(saved)
         saved = None
         if not work.train():
             return False
     return True
+
+
+def _read_saved(run: Run) -> Saved | None:
+    return disk.read_checkpoint(run.resume_from, fingerprint=run.fingerprint) if run.resume_from else None
 
 
 def _restore_weights(run: Run, progress: Progress, saved: Saved) -> None:
@@ -168,7 +180,6 @@ class _Phase:
     def __init__(
         self,
         run: Run,
-        accelerator: Accelerator,
         model: Any,
         progress: Progress,
         trainable: frozenset[str],
@@ -176,7 +187,7 @@ class _Phase:
     ) -> None:
         self.run, self.progress, self._memory = run, progress, memory
         self.phase = run.phases[progress.phase]
-        self._accelerator, self._model, self._trainable = accelerator, model, trainable
+        self._model, self._trainable = model, trainable
         self._since_look: list[float] = []  # training losses since the last look at the held-out rows
         self._optimizer: Any = None
         self._penalty: Penalties | None = None
@@ -187,13 +198,15 @@ class _Phase:
     def open(self, saved: Saved | None) -> None:
         """Make parameters, optimizer and random state those of the phase's beginning, or of the checkpoint."""
         self._build_optimizer()
+        if self.progress.step == self.run.start:
+            self.run.on_shared_out(self.run.ranks.holdings(self.run.model))
         if len(self.run.phases) > 1:
             self._frozen = frozen_digest(self.run.model)
         self._eval_batches = _batches(self.run, self.run.eval_rows)
         first = self._first()
         self._has_moved = MovedCheck(self.run.model) if first < MOVED_AFTER_STEPS else None
         if saved is not None:
-            disk.restore_optimizer(saved, self._optimizer)
+            disk.restore_optimizer(saved, self._optimizer, self.run.ranks.rank)
             self._since_look = self._losses_since_look()
         self._model.train()
         if self._memory:
@@ -201,8 +214,7 @@ class _Phase:
 
     def _build_optimizer(self) -> None:
         s, groups = self.run.settings, rate_groups(self.run, self.phase, self._trainable)
-        optimizer = torch.optim.AdamW(optimizer_groups(groups), weight_decay=s.weight_decay, fused=True)
-        self._optimizer = self._accelerator.prepare(optimizer)
+        self._optimizer = self.run.ranks.optimizer(self._model, optimizer_groups(groups), s.weight_decay)
         matrices = lora_matrices(self.run.model.named_parameters())
         terms = dict(self.run.terms)
         if s.lora_l2 and matrices:
@@ -236,7 +248,7 @@ class _Phase:
             self.progress.event = None
             self._log(done, rate, result, eval_loss, event)
             last = last or is_over
-            stopping = run.should_stop() and not last
+            stopping = run.ranks.any(run.should_stop()) and not last
             if last:
                 self._close()
             if stopping or last or done % run.settings.save_steps == 0:
@@ -254,10 +266,10 @@ class _Phase:
 
         def attempt() -> StepResult:
             return update(
-                self._accelerator,
+                self.run.ranks,
                 self._model,
                 self._optimizer,
-                [self._batch(micro) for micro in share_out(rows, self._lengths, self.progress.rung.rows_per_micro)],
+                self._micro_batches(rows),
                 rate_factor=factor,
                 max_grad_norm=s.max_grad_norm,
                 penalty=self._penalty,
@@ -268,6 +280,12 @@ class _Phase:
         rate = factor * max(group["peak"] for group in self._optimizer.param_groups)
         return rate, replace(result, seconds=time.perf_counter() - started)
 
+    def _micro_batches(self, rows: list[int]) -> list[MicroBatch]:
+        """What this process computes of an update."""
+        ranks, size = self.run.ranks, self.progress.rung.rows_per_micro
+        micros = share_of_process(rows, self._lengths, size, ranks.rank, ranks.size)
+        return [replace(self._batch(micro), is_idle=is_idle) for micro, is_idle in micros]
+
     def _batch(self, numbers: list[int]) -> MicroBatch:
         run = self.run
         rows = [run.rows[number] for number in numbers]
@@ -276,20 +294,20 @@ class _Phase:
 
     def _try_longest(self) -> None:
         """Forward and backward of the longest micro-batch that will come, to know now whether it fits."""
-        before = disk.rng_state()
+        before = rng_state()
 
         def attempt() -> None:
             rung, first = self.progress.rung, self._first()
             numbers = longest_micro(self.phase.plan, self._lengths, rung.rows_per_micro, first)
             if numbers:
-                rehearse_update(self._accelerator, self._model, self._optimizer, self._batch(numbers))
+                rehearse_update(self.run.ranks, self._model, self._optimizer, self._batch(numbers))
 
         self._with_less_if_needed(attempt)
-        disk.set_rng_state(before)
+        set_rng_state(before)
 
     def _with_less_if_needed(self, attempt: Callable[[], T]) -> T:
         """Do it; where memory runs out, go down a rung and do it again with the same weights and random numbers."""
-        before = disk.rng_state()
+        before = rng_state()
         while True:
             try:
                 return attempt()
@@ -304,7 +322,7 @@ class _Phase:
                 )
             # Outside of `except`: the error holds on to everything that the failed attempt had made.
             self._optimizer.zero_grad()
-            disk.set_rng_state(before)
+            set_rng_state(before)
             self._step_down(self._memory, reason)
 
     def _step_down(self, memory: Memory, reason: str) -> None:
@@ -325,7 +343,7 @@ class _Phase:
         return last or done % every == 0
 
     def _look(self) -> float:
-        return mean_loss(self._model, self._eval_batches)
+        return mean_loss(self._model, self._eval_batches, self.run.ranks)
 
     def _decide(self, eval_loss: float | None) -> tuple[str | None, bool]:
         """(what happened, whether the phase is over), after a look."""
@@ -338,7 +356,9 @@ class _Phase:
         if not run.wants_best:
             return None, False
         if is_best:
-            disk.save_best(run.output_dir, progress.step, run.model)
+            with run.ranks.whole(run.model):
+                if run.ranks.is_first:
+                    disk.save_best(run.output_dir, progress.step, run.model)
             return None, False
         smaller = run.settings.shrink_lora_rank_to
         if smaller is not None and progress.rank > smaller and watch.is_overfitting():
@@ -353,7 +373,7 @@ class _Phase:
         assert watch.best_loss is not None
         before, best_step, best_loss = progress.rank, watch.best_step, watch.best_loss
         gaps = ", ".join(f"{gap:.3f}" for gap in watch.gaps)
-        disk.load_tensors(run.model, disk.load_best(run.output_dir, best_step), run.output_dir)
+        self._load_best(best_step)
         lost = shrink_rank(run.model, rank)
         progress.rank = rank
         progress.watch = Watch()
@@ -369,7 +389,7 @@ class _Phase:
         """Put the best weights back, see that what was frozen has not moved, and make ready for the next phase."""
         run, progress, watch = self.run, self.progress, self.progress.watch
         if run.wants_best and watch.best_loss is not None and watch.best_step != progress.step:
-            disk.load_tensors(run.model, disk.load_best(run.output_dir, watch.best_step), run.output_dir)
+            self._load_best(watch.best_step)
         if self._frozen:
             require_untouched(run.model, self._frozen, self.phase)
         progress.phase += 1
@@ -377,13 +397,28 @@ class _Phase:
             progress.phase_start = progress.step
             progress.watch = Watch()
 
+    def _load_best(self, step: int) -> None:
+        run = self.run
+        tensors = run.ranks.from_first(lambda: disk.load_best(run.output_dir, step))
+        with run.ranks.whole(run.model):
+            disk.load_tensors(run.model, tensors, run.output_dir)
+
     def _save(self, *, between_phases: bool) -> None:
+        run = self.run
+        rng = run.ranks.gather(rng_state())
+        optimizer = None if between_phases else self._optimizer.state_dict()
+        with run.ranks.whole(run.model):
+            if run.ranks.is_first:
+                self._write(optimizer, rng)
+
+    def _write(self, optimizer: Mapping[str, Any] | None, rng: Sequence[Mapping[str, Any]]) -> None:
         run, progress = self.run, self.progress
         disk.save_checkpoint(
             run.output_dir,
             progress.to_dict(),
             run.model,
-            None if between_phases else self._optimizer,
+            optimizer,
+            rng,
             fingerprint=run.fingerprint,
             log=_text(run.logs),
             keep=run.settings.save_total_limit,
@@ -407,26 +442,45 @@ class _Phase:
             phase=self.phase.name if len(run.phases) > 1 else None,
             event=event,
             **(self._penalty.last if self._penalty else {}),
+            rates=_rates_by_group(self._optimizer.param_groups),
+            peak_bytes=max(run.peak_bytes, peak_bytes()),
         )
         run.logs.append(log)
-        run.peak_bytes = max(run.peak_bytes, peak_bytes())
-        _write_log(run.output_dir / LOG_FILE, _line(log), "a")
-        run.observe(log)
+        run.peak_bytes = log.peak_bytes
+        if run.ranks.is_first:
+            _write_log(run.output_dir / LOG_FILE, _line(log), "a")
+            run.observe(log)
 
 
 def frozen_layers(run: Run) -> FrozenLayers | None:
     """What takes rows through the layers below all that learns now; None when the first layer learns."""
+    if run.ranks.size > 1:  # their weights are gathered by the network's own forward pass, which this goes around
+        return None
     count = num_frozen_layers(run.model)
     budget = int(run.settings.activation_cache_gb * 1e9)
     return FrozenLayers(run.model, run.family, count, budget) if count else None
 
 
 def _batches(run: Run, rows: Sequence[Encoded]) -> list[MicroBatch]:
-    size = run.settings.per_device_train_batch_size
+    """This process's part of held-out rows."""
+    if not rows:
+        return []
+    size, device = run.settings.per_device_train_batch_size, run.ranks.device
+    lengths = [len(row.ids) for row in rows]
+    micros = share_of_process(range(len(rows)), lengths, size, run.ranks.rank, run.ranks.size)
     return [
-        build_batch(rows[i : i + size], run.family, run.model.config, run.model.device)
-        for i in range(0, len(rows), size)
+        replace(build_batch([rows[i] for i in micro], run.family, run.model.config, device), is_idle=is_idle)
+        for micro, is_idle in micros
     ]
+
+
+def _rates_by_group(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Rate of each parameter group now. LoRA+ has two of a name: the peak tells them apart."""
+    names = [group["name"] for group in groups]
+    return {
+        name if names.count(name) == 1 else f"{name} peak {group['peak']:g}": group["lr"]
+        for name, group in zip(names, groups, strict=True)
+    }
 
 
 def _write_log(file: Path, text: str, mode: Literal["w", "a"]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from pingjia.errors import TrainingError
 from pingjia.tune.batches import BatchPlan
+from pingjia.tune.distributed import local
 from pingjia.tune.groups import module_of
 from pingjia.tune.settings import PhaseSettings, TuneSettings
 
@@ -84,7 +85,7 @@ def _learns(name: str, modules: frozenset[str] | None) -> bool:
 
 
 def frozen_digest(model: torch.nn.Module) -> str:
-    """blake2b over every byte that must not change while what is open learns."""
+    """blake2b over every byte in this process that must not change while what is open learns."""
     total = hashlib.blake2b(digest_size=16)
     held: Sequence[tuple[str, torch.Tensor]] = [
         *((n, p) for n, p in model.named_parameters() if not p.requires_grad),
@@ -92,7 +93,7 @@ def frozen_digest(model: torch.nn.Module) -> str:
     ]
     for name, tensor in held:
         total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        total.update(local(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

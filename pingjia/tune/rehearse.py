@@ -8,7 +8,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from accelerate import Accelerator
 from peft import get_peft_model_state_dict
 
 from pingjia import chat
@@ -19,6 +18,7 @@ from pingjia.models import family_of, load_model, max_model_len, use_packed_atte
 from pingjia.models.device import pick_device
 from pingjia.models.settings import ModelSettings
 from pingjia.tune.checkpoint import ADAPTER_FILE, write_adapter
+from pingjia.tune.distributed import Alone
 from pingjia.tune.groups import Rates, group_parameters, optimizer_groups
 from pingjia.tune.lora import add_adapter, count_parameters, resolve, resolve_targets
 from pingjia.tune.phases import plan_phases
@@ -65,14 +65,11 @@ def rehearse(model_settings: ModelSettings, data_settings: DataSettings, setting
         adapted.train()
         longest = _longest(rows, settings.per_device_train_batch_size)
         batch = build_batch(longest, family, model.config, model.device)
-        accelerator = Accelerator(cpu=model.device.type == "cpu")
+        ranks = Alone(model.device)
         groups = group_parameters(adapted.named_parameters(), Rates(settings.learning_rate), 0)
-        optimizer = torch.optim.AdamW(optimizer_groups(groups), fused=True)
-        wrapped, optimizer = accelerator.prepare(adapted, optimizer)
+        optimizer = ranks.optimizer(adapted, optimizer_groups(groups), settings.weight_decay)
         norm = settings.max_grad_norm
-        results = [
-            update(accelerator, wrapped, optimizer, [batch], rate_factor=1.0, max_grad_norm=norm) for _ in range(2)
-        ]
+        results = [update(ranks, adapted, optimizer, [batch], rate_factor=1.0, max_grad_norm=norm) for _ in range(2)]
         _check_saved(adapted)
     num_steps = sum(phase.plan.num_steps for phase in phases)
     num_tokens = sum(len(row.ids) for row in rows)

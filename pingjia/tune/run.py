@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +20,8 @@ from pingjia.meter import Meter
 from pingjia.models import base_fingerprint, family_of, load_model, max_model_len, use_packed_attention
 from pingjia.models.device import pick_device
 from pingjia.models.settings import ModelSettings
-from pingjia.tune.checkpoint import ABOUT_FILE, checkpoints, run_fingerprint, save_adapter, set_aside
+from pingjia.tune.checkpoint import ABOUT_FILE, checkpoints, run_fingerprint, save_adapter, set_aside, step_of
+from pingjia.tune.distributed import Alone, Holding, joined, local_rank
 from pingjia.tune.forecast import forecast
 from pingjia.tune.groups import RateGroup
 from pingjia.tune.loop import SHRUNK, Run, StepLog, rate_groups, run_training
@@ -31,6 +32,7 @@ from pingjia.tune.pissa import first_matrices
 from pingjia.tune.plot import plot_loss
 from pingjia.tune.relief import checkpoint_activations
 from pingjia.tune.settings import TuneSettings
+from pingjia.tune.trackers import Tracked, Trackers, run_key, wanted
 from pingjia.types import Encoded
 
 _NOT_WEIGHTS = {
@@ -41,6 +43,8 @@ _NOT_WEIGHTS = {
     "memory",
     "memory_limit_gb",
     "activation_cache_gb",
+    "report_to",
+    "distributed",
 }
 
 
@@ -97,6 +101,8 @@ class Hooks:
 
     on_plan: Callable[[TrainPlan], None] = lambda plan: None
     on_step: Callable[[StepLog], None] = lambda log: None
+    on_shared_out: Callable[[Sequence[Holding]], None] = lambda holdings: None
+    on_warning: Callable[[str], None] = lambda text: None
     should_stop: Callable[[], bool] = lambda: False
 
 
@@ -115,9 +121,9 @@ def train(
     """
     output_dir = Path(settings.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with _only_run_in(output_dir), Meter() as meter:
+    device = pick_device(model_settings.device, index=local_rank())
+    with joined(settings, device) as ranks, _only_run_in(output_dir, ranks), Meter() as meter:
         tokenizer = chat.load_tokenizer(model_settings.model_name_or_path)
-        device = pick_device(model_settings.device)
         model = load_model(
             model_settings.model_name_or_path,
             dtype=model_settings.dtype,
@@ -142,10 +148,10 @@ def train(
                 "template": tokenizer.template_digest,
             }
         )
-        finished = _finished(output_dir, fingerprint, settings)
+        finished = ranks.from_first(lambda: _finished(output_dir, fingerprint, settings))
         if finished is not None:
             return finished
-        resume_from = _resume_from(output_dir, settings)
+        resume_from = ranks.from_first(lambda: _resume_from(output_dir, settings))
         targets = resolve_targets(model, family, settings)
         phases = plan_phases(
             len(rows),
@@ -168,17 +174,22 @@ def train(
             num_layers=depth,
             fingerprint=fingerprint,
             output_dir=output_dir,
+            ranks=ranks,
             resume_from=resume_from,
-            observe=hooks.on_step,
             should_stop=hooks.should_stop,
         )
-        account = _Account(run, meter, ledger, run_name)
+        account = _Account(run, meter, ledger if ranks.is_first else None, run_name)
         run.on_saved = account.note
         plan = _plan(run, targets, dropped)
-        if settings.resume_from_checkpoint is False:
-            set_aside(output_dir)
-        hooks.on_plan(plan)
-        completed = run_training(run)
+        if ranks.is_first:
+            run.on_shared_out = hooks.on_shared_out
+            if settings.resume_from_checkpoint is False:
+                set_aside(output_dir)
+            hooks.on_plan(plan)
+        tracked = _tracked(run, run_name, {**recipe, "num_trainable": plan.num_trainable})
+        with Trackers(wanted(settings.report_to) if ranks.is_first else [], tracked, hooks.on_warning) as trackers:
+            run.observe = _observers(hooks, trackers)
+            completed = run_training(run)
         size = 0
         if completed:
             about = {
@@ -196,8 +207,10 @@ def train(
                 "run_fingerprint": fingerprint,
                 "metrics": _metrics(run),
             }
-            size = save_adapter(output_dir, adapted, about, first)
-        plot_loss(run.logs, output_dir / "training_loss.png")
+            with ranks.whole(adapted):
+                size = save_adapter(output_dir, adapted, about, first) if ranks.is_first else 0
+        if ranks.is_first:
+            plot_loss(run.logs, output_dir / "training_loss.png")
         account.note(size)
         return TrainResult(output_dir, completed, False, size, **_metrics(run))
 
@@ -229,9 +242,43 @@ def _recipe(*sections: Any) -> dict[str, Any]:
     return {key: value for section in sections for key, value in section.model_dump(mode="json").items()}
 
 
+def _tracked(run: Run, name: str, hyperparameters: Mapping[str, Any]) -> Tracked:
+    folder, start = run.output_dir, step_of(run.resume_from)
+    key = run_key(folder, goes_on=start > 0) if run.ranks.is_first else ""
+    return Tracked(folder, name or folder.name, key, hyperparameters, start)
+
+
+def _observers(hooks: Hooks, trackers: Trackers) -> Callable[[StepLog], None]:
+    def observe(log: StepLog) -> None:
+        trackers.log(log.step, _numbers(log))
+        hooks.on_step(log)
+
+    return observe
+
+
+def _numbers(log: StepLog) -> dict[str, float | None]:
+    """What trackers draw, by their names there."""
+    return {
+        "loss/train": log.loss,
+        "loss/held_out": log.eval_loss,
+        "loss/l2": log.l2,
+        "loss/orthogonality": log.orthogonality,
+        "loss/ewc": log.ewc,
+        "gradient_norm": log.grad_norm,
+        **{f"rate/{group}": rate for group, rate in log.rates.items()},
+        "speed/tokens_per_s": log.num_tokens / log.seconds,
+        "speed/learnt_tokens_per_s": log.num_learnt / log.seconds,
+        "memory/peak_gb": log.peak_bytes / 1e9,
+        "epoch": log.epoch,
+    }
+
+
 @contextmanager
-def _only_run_in(output_dir: Path) -> Iterator[None]:
-    """Two runs in one directory would overwrite each other's checkpoints."""
+def _only_run_in(output_dir: Path, ranks: Alone) -> Iterator[None]:
+    """Two runs in one directory would overwrite each other's checkpoints. One process watches for all."""
+    if not ranks.is_first:
+        yield
+        return
     with open(output_dir / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -24,6 +24,8 @@ def _keys_as_text(value: object) -> object:
 Names = Annotated[list[str], BeforeValidator(_names)]
 Layers = Annotated[str | None, BeforeValidator(_one_layer)]
 Rate = Annotated[float, Field(ge=0)]
+Tracker = Literal["none", "tensorboard", "swanlab", "wandb", "mlflow"]
+Trackers = Annotated[list[Tracker] | None, BeforeValidator(_names)]
 
 
 class PhaseSettings(Section):
@@ -34,6 +36,19 @@ class PhaseSettings(Section):
     num_train_epochs: float | None = Field(None, gt=0)
     max_steps: int | None = Field(None, ge=1)
     learning_rate: Rate | None = None
+
+
+class DistributedSettings(Section):
+    """One run in several processes, on this machine or on several. The recipe's updates stay what they are."""
+
+    strategy: Literal["none", "fsdp2", "zero3"] = "none"  # how the network is shared out among the processes
+    processes: int = Field(1, ge=1)  # on this machine
+    hostfile: str | None = None  # several machines: lines of `host slots=4`; wins over processes and master_addr
+    node_rank: int = Field(0, ge=0)  # which line of the hostfile this machine is
+    master_addr: str = "127.0.0.1"  # where the first process listens
+    master_port: int = Field(0, ge=0, le=65535)  # 0: a free one; several machines need the same one
+    timeout_s: float = Field(1800, gt=0)  # longest wait for another process
+    deepspeed_config: str | None = None  # a JSON file for zero3; null: pingjia's own
 
 
 class TuneSettings(Section):
@@ -78,6 +93,8 @@ class TuneSettings(Section):
     save_steps: int = Field(50, ge=1)
     save_total_limit: int = Field(2, ge=1)
     resume_from_checkpoint: bool | str = True  # true: the newest in output_dir; false: start over; or a directory
+    report_to: Trackers = None  # null: tensorboard where it is installed
+    distributed: DistributedSettings = Field(default_factory=DistributedSettings)
 
     @model_validator(mode="after")
     def _fits_together(self) -> TuneSettings:

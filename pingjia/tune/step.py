@@ -5,18 +5,21 @@ Shapes: T tokens of all rows of a micro-batch end to end, K learnt tokens among 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import extract_model_from_parallel
 
 from pingjia.errors import TrainingError
 from pingjia.models.attention import PackedSequences
 from pingjia.models.family import Family
 from pingjia.tune.cross_entropy import losses_for_logits
+from pingjia.tune.diagnose import find_cause, find_gradient
+from pingjia.tune.distributed import ALONE, Alone
 from pingjia.tune.frozen import Entering, passed_by
 from pingjia.types import Encoded
 
@@ -26,7 +29,8 @@ class MicroBatch:
     """Rows laid end to end. `keep_K` are the positions whose next token is learnt, `target_K` those tokens.
 
     `weight_K`: the weights of their rows; None when all are 1. `entering`: what the rows are above the layers that do
-    not learn, where those have been passed already.
+    not learn, where those have been passed already. `is_idle`: another process has one batch more; this one keeps it
+    company, and teaches nothing.
     """
 
     input_ids_1T: torch.Tensor
@@ -36,14 +40,15 @@ class MicroBatch:
     target_K: torch.Tensor
     weight_K: torch.Tensor | None = None
     entering: Entering | None = None
+    is_idle: bool = False
 
     @property
     def num_tokens(self) -> int:
-        return self.input_ids_1T.shape[1]
+        return 0 if self.is_idle else self.input_ids_1T.shape[1]
 
     @property
     def num_learnt(self) -> int:
-        return self.target_K.shape[0]
+        return 0 if self.is_idle else self.target_K.shape[0]
 
 
 Penalty = Callable[[], torch.Tensor]
@@ -88,13 +93,13 @@ def build_batch(rows: Sequence[Encoded], family: Family, config: object, device:
     )
 
 
-def summed_loss(model: torch.nn.Module, batch: MicroBatch, *, weighted: bool = True) -> torch.Tensor:
+def summed_loss(model: Any, batch: MicroBatch, *, weighted: bool = True) -> torch.Tensor:
     """Sum of the cross-entropy (nats) over the learnt tokens; logits exist only where something is learnt, and only a
     few at once.
 
     With `weighted`, a token counts as much as the weight of its row says.
     """
-    head = extract_model_from_parallel(model).get_output_embeddings()
+    head = model.get_output_embeddings()
     entering = batch.entering
     with losses_for_logits(head, batch.target_K), passed_by(entering.below if entering else ()):
         losses_1K = model(
@@ -105,13 +110,15 @@ def summed_loss(model: torch.nn.Module, batch: MicroBatch, *, weighted: bool = T
             logits_to_keep=batch.keep_K,
             use_cache=False,
         ).logits
+    if batch.is_idle:
+        return losses_1K.sum() * 0.0
     if batch.weight_K is None or not weighted:
         return losses_1K.sum()
     return losses_1K[0] @ batch.weight_K
 
 
 def update(
-    accelerator: Accelerator,
+    ranks: Alone,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[MicroBatch],
@@ -121,7 +128,7 @@ def update(
     penalty: Penalty | None = None,
     before_each: Callable[[], None] | None = None,
 ) -> StepResult:
-    """One optimizer update over the micro-batches; the loss is the mean over ALL their learnt tokens.
+    """One optimizer update over the micro-batches of all processes; the loss is the mean over ALL their learnt tokens.
 
     Every parameter group learns at `rate_factor` times its peak rate. `penalty()` is added to the loss once.
     `before_each()` is called before every micro-batch and may refuse to go on.
@@ -131,7 +138,8 @@ def update(
     Raises TrainingError when loss or gradient is not a finite number; the weights are then untouched.
     """
     started = time.perf_counter()
-    num_learnt = sum(batch.num_learnt for batch in batches)
+    tokens, learnt = ranks.total(sum(b.num_tokens for b in batches), sum(b.num_learnt for b in batches))
+    num_tokens, num_learnt = int(tokens), int(learnt)
     total = l2 = 0.0
     optimizer.zero_grad()
     for number, batch in enumerate(batches):
@@ -143,21 +151,21 @@ def update(
         if penalty is not None and number == 0:
             extra = penalty()
             l2 = extra.detach().item()
-            loss = loss + extra
-        accelerator.backward(loss)
+            loss = loss + extra / ranks.size
+        ranks.backward(loss)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(accelerator.clip_grad_norm_(parameters, max_grad_norm))
-    _require_finite(total / num_learnt, norm)
+    norm = ranks.clip_grad_norm_(parameters, max_grad_norm)
+    (total,) = ranks.total(total)
+    if not math.isfinite(total) or not math.isfinite(norm):
+        raise _diverged(model, batches if ranks.size == 1 else [], total / num_learnt, norm)
     for group in optimizer.param_groups:
         group["lr"] = rate_factor * group["peak"]
     optimizer.step()
     seconds = time.perf_counter() - started
-    return StepResult(total / num_learnt, l2, norm, sum(b.num_tokens for b in batches), num_learnt, seconds)
+    return StepResult(total / num_learnt, l2, norm, num_tokens, num_learnt, seconds)
 
 
-def rehearse_update(
-    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: MicroBatch
-) -> None:
+def rehearse_update(ranks: Alone, model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: MicroBatch) -> None:
     """Use the memory that an update on `batch` uses, and change nothing: weights, optimizer and gradients stay.
 
     Random numbers are drawn.
@@ -165,23 +173,22 @@ def rehearse_update(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments = [torch.full_like(p, 0.0) for p in parameters for _ in range(2)] if not optimizer.state else []
     try:
-        accelerator.backward(summed_loss(model, batch) / batch.num_learnt)
+        ranks.backward(summed_loss(model, batch) / batch.num_learnt)
     finally:
         del moments
         optimizer.zero_grad()
 
 
-def _require_finite(loss: float, grad_norm: float) -> None:
-    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
-        if not torch.isfinite(torch.tensor(value)):
-            raise TrainingError(
-                f"{name} is {value}: training has diverged. Lower learning_rate (try a tenth), or use dtype=float32 "
-                "if half precision overflowed; the last checkpoint is still good"
-            )
+def _diverged(model: torch.nn.Module, batches: Sequence[MicroBatch], loss: float, grad_norm: float) -> TrainingError:
+    """What to say of a loss or gradient that is no number: what it is, where it begins, what to do."""
+    cause = find_cause(model, [partial(summed_loss, model, batch) for batch in batches])
+    why = str(cause) if cause else find_gradient([(n, p) for n, p in model.named_parameters() if p.requires_grad])
+    name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
+    return TrainingError(f"{name} is {value}: training has diverged: {why}; the last checkpoint is still good")
 
 
 @torch.no_grad()
-def mean_loss(model: torch.nn.Module, batches: Sequence[MicroBatch]) -> float:
+def mean_loss(model: torch.nn.Module, batches: Sequence[MicroBatch], ranks: Alone = ALONE) -> float:
     """Mean cross-entropy (nats per learnt token) without dropout and row weights; the training mode is put back."""
     was_training = model.training
     model.eval()
@@ -189,4 +196,5 @@ def mean_loss(model: torch.nn.Module, batches: Sequence[MicroBatch]) -> float:
         total = sum(summed_loss(model, batch, weighted=False).item() for batch in batches)
     finally:
         model.train(was_training)
-    return total / sum(batch.num_learnt for batch in batches)
+    total, learnt = ranks.total(total, sum(batch.num_learnt for batch in batches))
+    return total / learnt

@@ -169,7 +169,7 @@ def test_the_random_state_is_part_of_a_checkpoint(tune: Train, whole: TrainResul
     tune(hooks=stop_after(3))
     file = checkpoints(tmp_path / "out")[-1].path / "trainer_state.pt"
     state = torch.load(file, weights_only=True)
-    state["rng"]["cpu"] = torch.Generator().manual_seed(99).get_state()
+    state["rng"][0]["cpu"] = torch.Generator().manual_seed(99).get_state()
     torch.save(state, file)
     tune()
     assert weights(tmp_path / "out") != weights(whole.output_dir)

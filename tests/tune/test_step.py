@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from peft import PeftModel
 
 from pingjia.errors import TrainingError
 from pingjia.models import family_of, load_model, use_packed_attention
+from pingjia.tune.distributed import ALONE
 from pingjia.tune.lora import add_adapter, resolve_targets
 from pingjia.tune.settings import TuneSettings
 from pingjia.tune.step import MicroBatch, build_batch, mean_loss, summed_loss, update
@@ -121,10 +121,9 @@ def test_accumulation_equals_one_big_batch(adapted: Adapted) -> None:
     results, weights = [], []
     for parts in ([rows], [rows[:1], rows[1:3], rows[3:]]):
         model = adapted()
-        accelerator = Accelerator(cpu=True)
-        wrapped, optimizer = accelerator.prepare(model, plain_sgd(model))
+        optimizer = plain_sgd(model)
         batches = [batch_of(model, part) for part in parts]
-        results.append(update(accelerator, wrapped, optimizer, batches, rate_factor=0.1, max_grad_norm=1e9))
+        results.append(update(ALONE, model, optimizer, batches, rate_factor=0.1, max_grad_norm=1e9))
         weights.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-5)
     assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-4)
@@ -201,9 +200,8 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before(adapted: Adapted) 
     for limit in (1e9, 0.01):
         model = adapted()
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
-        accelerator = Accelerator(cpu=True)
-        _, optimizer = accelerator.prepare(model, plain_sgd(model))
-        result = update(accelerator, model, optimizer, [batch_of(model, rows)], rate_factor=1.0, max_grad_norm=limit)
+        optimizer = plain_sgd(model)
+        result = update(ALONE, model, optimizer, [batch_of(model, rows)], rate_factor=1.0, max_grad_norm=limit)
         norms.append(result.grad_norm)
         squares = [(p.detach() - before[n]).pow(2).sum() for n, p in model.named_parameters()]
         moves.append(float(sum(squares).sqrt()))
@@ -216,10 +214,9 @@ def test_a_loss_that_is_no_number_leaves_the_weights_alone(adapted: Adapted) -> 
     model = adapted()
     model.base_model.model.model.norm.weight.data[3] = float("nan")
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    accelerator = Accelerator(cpu=True)
-    _, optimizer = accelerator.prepare(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with pytest.raises(TrainingError, match="loss is nan: training has diverged"):
-        update(accelerator, model, optimizer, [batch_of(model, some_rows(2))], rate_factor=1e-3, max_grad_norm=1.0)
+        update(ALONE, model, optimizer, [batch_of(model, some_rows(2))], rate_factor=1e-3, max_grad_norm=1.0)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if p.requires_grad)
 
 
