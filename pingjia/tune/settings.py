@@ -51,10 +51,32 @@ class DistributedSettings(Section):
     deepspeed_config: str | None = None  # a JSON file for zero3; null: pingjia's own
 
 
+class ContinualSettings(Section):
+    """How a run continues from an earlier adapter (`continue_from`), and what it must not forget."""
+
+    method: Literal["grow", "ewc"] = "grow"  # new ranks beside frozen old ones, or springs on the old ones
+    orthogonality: float = Field(0.5, ge=0)  # grow: lambda of the overlap of old and new A
+    ewc: float = Field(100.0, ge=0)  # ewc: lambda of the springs; 1 weighs earlier tokens like new ones
+    keep_fisher: bool = False  # write fisher.safetensors beside the adapter, for a later ewc
+    fisher_rows: int = Field(256, ge=1)  # at most so many rows for it
+    replay_ratio: float = Field(0.0, ge=0, le=10)  # rows of earlier tasks for each new one
+    replay: Names = Field(default_factory=list)  # their files; empty: those the lineage names
+    max_rank: int | None = Field(None, ge=1, le=4096)  # rank budget; what is over it is merged by SVD at the end
+    probes: dict[str, str] = Field(default_factory=dict)  # name: file of questions, besides those of the lineage
+    min_retention: float = Field(0.9, ge=0)  # least share of its score that an earlier probe must keep
+    max_probe_rows: int = Field(64, ge=1)  # at most so many rows of each probe
+    max_tokens: int = Field(96, ge=1)  # longest answer to a probe's question
+
+
+_NEEDS_ANCESTOR = ("method", "orthogonality", "ewc", "replay_ratio", "replay", "max_rank")
+
+
 class TuneSettings(Section):
     """What is trained, how, and where it is kept."""
 
     output_dir: str
+    continue_from: str | None = None  # the output_dir of a finished run: go on from its adapter
+    continual: ContinualSettings = Field(default_factory=ContinualSettings)
     finetuning_type: Literal["lora"] = "lora"
     lora_rank: int = Field(16, ge=1, le=1024)
     lora_alpha: float = Field(32, gt=0)
@@ -105,3 +127,35 @@ class TuneSettings(Section):
         if self.shrink_lora_rank_to is not None and self.init_lora_weights.startswith("pissa"):
             raise ValueError("shrink_lora_rank_to does not work with init_lora_weights=pissa; choose one")
         return self
+
+    @model_validator(mode="after")
+    def _continues_soundly(self) -> TuneSettings:
+        wrong = _idle_keys(self) if self.continue_from is None else _conflict(self)
+        if wrong is None and self.init_lora_weights.startswith("pissa") and _looks_back(self):
+            wrong = "continue_from, continual.probes and continual.keep_fisher need the base as it is; PiSSA changes it"
+        if wrong is not None:
+            raise ValueError(wrong)
+        return self
+
+
+def _looks_back(s: TuneSettings) -> bool:
+    return s.continue_from is not None or bool(s.continual.probes) or s.continual.keep_fisher
+
+
+def _idle_keys(s: TuneSettings) -> str | None:
+    idle = [f"continual.{key}" for key in _NEEDS_ANCESTOR if key in s.continual.model_fields_set]
+    return f"{', '.join(idle)}: only with continue_from" if idle else None
+
+
+def _conflict(s: TuneSettings) -> str | None:
+    """Why a run cannot continue as asked."""
+    c = s.continual
+    if s.distributed.strategy != "none":
+        return "continue_from works in one process: distributed.strategy must be none"
+    if c.method == "ewc":
+        return "continual.method=ewc keeps the rank: leave out shrink_lora_rank_to" if s.shrink_lora_rank_to else None
+    if s.use_dora or s.train_new_tokens:
+        return "continual.method=grow adds plain LoRA ranks: leave out use_dora and train_new_tokens"
+    if c.max_rank is not None and c.max_rank < s.lora_rank:
+        return f"continual.max_rank {c.max_rank} is below lora_rank {s.lora_rank}, the ranks that are added"
+    return None
