@@ -4,7 +4,8 @@ Signatures are made row by row, in any process; comparing them is sorting. MinHa
 
 Near means: character shingles with a Jaccard similarity of at least the threshold, AND the same numbers (with their
 units, signs and codes) and negations in the same order. 保修三年 and 保修五年 are two facts, whatever else their rows
-share. Rows that differ in another word, 免费 and 收费, can be near.
+share. An answer not half as long as what it answers must be the same, or 正面 and 负面 would be near. Rows that differ
+in another word, 免费 and 收费, can be.
 """
 
 from __future__ import annotations
@@ -74,12 +75,15 @@ class Signature:
 def signature(example: Example) -> Signature:
     """The same in every process and on every platform."""
     turns = example.messages
-    text = "\n".join(m.text for m in turns if m.role in ("user", "assistant"))
-    minhash = _minhash(text)
+    *asked, told = (_plain(m.text) for m in turns if m.role in ("user", "assistant"))
+    question = " ".join(asked)
+    letters, answer = _letters(f"{question} {told}"), _letters(told)
+    meaning = _must_agree(f"{question} {told}") + (answer if 3 * len(answer) <= len(letters) else "")
+    minhash = _minhash(letters)
     return Signature(
         exact=_digest(turns, 16, example.tools),
         question=_number(_digest(turns[:-1], 8, example.tools)),
-        bands=_bands(minhash, _must_agree(text)),
+        bands=_bands(minhash, meaning.encode("utf-8", "surrogatepass")),
         minhash=minhash.astype(np.uint8),
     )
 
@@ -104,9 +108,9 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _minhash(text: str) -> np.ndarray:
+def _minhash(letters: str) -> np.ndarray:
     made = _rensa()(NUM_PERM, _SEED)
-    made.update(_shingles(text))
+    made.update(_shingles(letters))
     return np.array(made.digest(), np.uint32)
 
 
@@ -117,13 +121,13 @@ def _rensa() -> Any:
     return RMinHash
 
 
-def _shingles(text: str) -> list[str]:
-    """Every 3 characters in a row of the letters and digits; a shorter text is one shingle.
+def _letters(plain: str) -> str:
+    """The letters and digits; of a text without any, its signs."""
+    return "".join(filter(str.isalnum, plain)) or "".join(c for c in plain if c.isprintable() and c != " ")
 
-    Of a text without any, of its signs.
-    """
-    plain = _plain(text)
-    letters = "".join(filter(str.isalnum, plain)) or "".join(c for c in plain if c.isprintable() and c != " ")
+
+def _shingles(letters: str) -> list[str]:
+    """Every 3 characters in a row; a shorter text is one shingle."""
     return list({letters[i : i + SHINGLE] for i in range(max(1, len(letters) - SHINGLE + 1))})
 
 
@@ -134,14 +138,13 @@ def _bands(minhash: np.ndarray, meaning: bytes) -> np.ndarray:
     return np.frombuffer(b"".join(keys), "<u8")
 
 
-def _must_agree(text: str) -> bytes:
+def _must_agree(plain: str) -> str:
     """The numbers and negations of a text in order: rows in which they differ are never near."""
-    plain = _plain(text)
     found = [_sign_or_code(plain, m.start()) + m[0] for m in _DIGITS.finditer(plain)]
     if not plain.isascii():
         found += ["", *_HAN.findall(_NO_NUMBER.sub("", plain))]
     found += ["", *_latin(_LATIN.findall(plain))]
-    return "\0".join(["", *found]).replace(" ", "").encode()
+    return "\0".join(["", *found, ""]).replace(" ", "")
 
 
 def _sign_or_code(plain: str, at: int) -> str:
