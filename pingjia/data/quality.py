@@ -1,67 +1,92 @@
 """Rows judged by BERTScore: how much two texts say the same. The encoder is brought by the caller.
 
-Three comparisons, each with its own threshold: an answer against the row's reference; a made question against the one
+Three comparisons, each with its own threshold: an answer against the row's reference; a made text against the one
 it was made from; and, only when asked for, an answer against its question. The last says that both are about one
 subject. It does not say that the answer is good: prompt against answer is no measure of quality.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pingjia.data.problems import Finding
-from pingjia.similarity import TextEncoder, bert_score
+from pingjia.similarity import TextEncoder, bert_score, encode_pairs
 
 Comparison = Literal["reference", "augmented", "relevance"]
-_BATCH = 256
+_WINDOW = 1024  # pairs whose texts are held, so that those of like length can be encoded together
+_FEW_KNOWN = 0.25  # the share of unknown tokens from which on a score says little
 _WHAT = {
     "reference": "the answer against the row's reference",
-    "augmented": "the question against the one it was made from",
+    "augmented": "the text against the one it was made from",
     "relevance": "the answer against its question, which measures a common subject and not quality",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two texts of a record (by its number) to compare."""
+    """Two texts of a record (by its number) to compare. `field`: which of the record's texts `text` is, where the
+    comparison does not say it: a made row's answer, say."""
 
     row: int
     text: str
     against: str
+    field: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """F1 of one pair, and what is wrong if it is below the threshold."""
+    """F1 of one pair, and what is wrong if it is below the threshold.
+
+    `unknown`: the share of the tokens of the text that the encoder knows less of, for which it has no entry.
+    """
 
     row: int
     f1: float
     finding: Finding | None
+    unknown: float = 0.0
 
 
 def judge_pairs(
     pairs: Iterable[Pair], encoder: TextEncoder, comparison: Comparison, threshold: float
 ) -> Iterator[Judged]:
-    """BERTScore F1 of every pair, in order. Memory: one batch of pairs."""
-    held: list[Pair] = []
-    for pair in pairs:
-        held.append(pair)
-        if len(held) == _BATCH:
-            yield from _judge(held, encoder, comparison, threshold)
-            held = []
-    yield from _judge(held, encoder, comparison, threshold)
+    """BERTScore F1 of every pair, in order, without idf or rescaling. Memory: the texts of _WINDOW pairs."""
+    waiting = iter(pairs)
+    while window := list(itertools.islice(waiting, _WINDOW)):
+        yield from _judge(window, encoder, comparison, threshold)
 
 
-def _judge(pairs: list[Pair], encoder: TextEncoder, comparison: Comparison, threshold: float) -> Iterator[Judged]:
-    vectors = encoder.token_vectors([p.text for p in pairs] + [p.against for p in pairs])
-    for number, pair in enumerate(pairs):
-        f1 = bert_score(vectors[number], vectors[len(pairs) + number]).f1
-        yield Judged(pair.row, f1, _finding(f1, comparison, threshold) if f1 < threshold else None)
+def unknown_note(judged: Sequence[Judged], encoder: str) -> str | None:
+    """What a reader of the scores must know when the encoder does not know the language of the texts."""
+    share = sum(one.unknown for one in judged) / max(1, len(judged))
+    if share < _FEW_KNOWN:
+        return None
+    return (
+        f"the encoder {encoder} does not know {share:.0%} of the tokens of {len(judged)} compared pairs: its scores "
+        "tell unrelated texts apart and little more; name an encoder of their language (quality.encoder)"
+    )
 
 
-def _finding(f1: float, comparison: Comparison, threshold: float) -> Finding:
-    field = "prompt" if comparison == "augmented" else "response"
-    reason = f"BERTScore F1 {f1:.3f} of {_WHAT[comparison]} is below {threshold:g}"
+def _judge(window: list[Pair], encoder: TextEncoder, comparison: Comparison, threshold: float) -> Iterator[Judged]:
+    found: dict[int, Judged] = {}
+    for i, left, right in encode_pairs([(pair.text, pair.against) for pair in window], encoder):
+        f1, unknown = bert_score(left, right).f1, max(left.unknown, right.unknown)
+        finding = _finding(window[i], f1, unknown, comparison, threshold) if f1 < threshold else None
+        found[i] = Judged(window[i].row, f1, finding, unknown)
+    return (found[i] for i in range(len(window)))
+
+
+def _finding(pair: Pair, f1: float, unknown: float, comparison: Comparison, threshold: float) -> Finding:
+    field = pair.field or ("prompt" if comparison == "augmented" else "response")
+    reason = f"BERTScore F1 {_below(f1, threshold)} of {_WHAT[comparison]} is below {threshold:g}"
+    if unknown >= _FEW_KNOWN:
+        reason += f"; the encoder does not know {unknown:.0%} of the tokens"
     return Finding(f"quality.{comparison}", field, reason)
+
+
+def _below(f1: float, threshold: float) -> str:
+    """Three decimals, more where three would read as the threshold itself."""
+    text = f"{f1:.3f}"
+    return text if float(text) < threshold else f"{f1:.6f}"
