@@ -108,6 +108,7 @@ class _Preparation:
         self._held_out = Parts(self._work / "held_out")
         self._tokenizer = chat.load_tokenizer(job.model)
         self._originals: dict[str, str] = {}
+        self._encoder_loaded: TextEncoder | None = None
 
     def run(self) -> Prepared:
         started = time.perf_counter()
@@ -115,6 +116,7 @@ class _Preparation:
         if (finished := self._finished(inputs)) is not None:
             return Prepared(finished, was_finished=True)
         open_work(self._work, inputs)
+        self._load_tools()
         self._tally = Tally(empty_report(self._job.data, self._settings, self._job.model, digest(inputs)))
         self._read()
         table = assemble([self._rows], self._work / "table")
@@ -214,9 +216,18 @@ class _Preparation:
     def _compares(self) -> bool:
         return self._settings.quality.reference is not None or self._settings.quality.relevance is not None
 
+    def _load_tools(self) -> None:
+        """What later stages need, now: a directory that is not there is better known before hours of reading."""
+        settings = self._settings
+        self._makers = self._load_makers()
+        judges_made = bool(self._makers) and settings.quality.augmented is not None
+        if self._compares() or judges_made or settings.domains.clusters is not None:
+            quality = settings.quality
+            self._encoder_loaded = self._job.tools.encoder(quality.encoder, quality.layer)
+
     def _encoder(self) -> TextEncoder:
-        quality = self._settings.quality
-        return self._job.tools.encoder(quality.encoder, quality.layer)
+        assert self._encoder_loaded is not None
+        return self._encoder_loaded
 
     def _judge_quality(self, verdicts: Verdicts) -> None:
         quality = self._settings.quality
@@ -243,7 +254,7 @@ class _Preparation:
     def _augment(self, table: Table, verdicts: Verdicts, held_out: Table) -> tuple[Table, Verdicts]:
         """Make rows from the kept ones; they pass the same checks. The table with them, and the longer verdicts."""
         settings = self._settings.augment
-        makers = self._makers()
+        makers = self._makers
         if not makers:
             return table, verdicts
         self._job.on_stage("augment")
@@ -265,7 +276,7 @@ class _Preparation:
         self._tally.stage("augment", before, int(grown.alive().sum()))
         return longer, grown
 
-    def _makers(self) -> dict[str, Maker]:
+    def _load_makers(self) -> dict[str, Maker]:
         augment, makers = self._settings.augment, dict[str, Maker]()
         if augment.synonyms.ratio > 0:
             makers["synonyms"] = Synonyms(augment.synonyms.replace, augment.synonyms.thesaurus)
