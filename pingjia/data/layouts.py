@@ -200,7 +200,8 @@ def _turn(turn: Any, name: str, faults: Faults) -> Message | None:
     known = _ROLES.get(role) if isinstance(role, str) else None
     if known is None:
         faults.append((f"{name}.{role_key}", f"must be one of {', '.join(_ROLES)}; found {role!r:.60}"))
-    if role == _CALL_ROLE or not _PLAIN_KEYS.issuperset(turn):
+    is_plain = (len(turn) == 2 and text_key in turn) or _PLAIN_KEYS.issuperset(turn)
+    if role == _CALL_ROLE or not is_plain:
         return _turn_with_more(turn, str(role), known, text_key, name, faults)
     text = _content(turn, text_key, known, name, faults)
     return None if known is None else Message(known, text)
@@ -210,10 +211,13 @@ def _content(turn: dict[str, Any], key: str, role: str | None, name: str, faults
     """The text of a turn; its parts joined, when it is a list of text parts."""
     # An answer of a tool may be empty; a question or an answer may not.
     may_be_empty = role in ("tool", "system")
-    if not isinstance(turn.get(key), list):
-        return _text(turn, key, faults, may_be_empty=may_be_empty, prefix=f"{name}.")
-    parts = (_part(part, f"{name}.{key}[{i}]", faults) for i, part in enumerate(turn[key]))
-    return _check_text("".join(parts), f"{name}.{key}", faults, may_be_empty=may_be_empty)
+    value, name = turn.get(key), f"{name}.{key}"
+    if isinstance(value, list):
+        value = "".join([_part(part, f"{name}[{i}]", faults) for i, part in enumerate(value)])
+    if value is None:
+        faults.append((name, "missing"))
+        return ""
+    return _check_text(value, name, faults, may_be_empty=may_be_empty)
 
 
 def _part(part: Any, name: str, faults: Faults) -> str:
@@ -419,7 +423,8 @@ def _weight(value: Any, faults: Faults) -> float:
 
 def _unread_in_turns(row: dict[str, Any], key: str) -> list[str]:
     turns = row[key] if isinstance(row[key], list) else []
-    more = [turn for turn in turns if isinstance(turn, dict) and not _PLAIN_KEYS.issuperset(turn)]
+    # A turn of two keys has nothing more, or lacks a role or a text, which is a fault.
+    more = [turn for turn in turns if isinstance(turn, dict) and len(turn) > 2]
     return [f"{key}[].{k}" for turn in more for k in turn if k not in _own_keys(turn)]
 
 
