@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -23,6 +24,7 @@ from pingjia.models.family import Family
 from pingjia.tune import ewc, grow
 from pingjia.tune.checkpoint import load_tensors, new_directory
 from pingjia.tune.gate import Probe
+from pingjia.tune.groups import module_of
 from pingjia.tune.lineage import Ancestor, Rows, free_name, held_out, read_ancestor
 from pingjia.tune.lora import Targets, add_adapter
 from pingjia.tune.phases import Phase
@@ -86,8 +88,18 @@ class Course:
         return self.old_rows if self.settings.continual.replay_ratio else ()
 
     @property
-    def digest(self) -> str | None:
-        return self.ancestor.digest if self.ancestor else None
+    def inputs(self) -> dict[str, Any]:
+        """What decides the weights besides rows and settings: nothing, where nothing is continued."""
+        if self.ancestor is None:
+            return {}
+        s = self.settings.continual
+        keys = {
+            "method",
+            "replay_ratio",
+            "max_rank",
+            *(("orthogonality",) if self.is_grown else ("ewc", "fisher_rows")),
+        }
+        return {"ancestor": self.ancestor.digest, "continual": s.model_dump(include=keys)}
 
     @property
     def is_grown(self) -> bool:
@@ -104,6 +116,19 @@ class Course:
     def phases(self, phases: Sequence[Phase], num_new: int) -> list[Phase]:
         """Phases that count `rows_per_epoch` rows, with the replayed ones in their places."""
         return with_replay(phases, num_new, len(self.replay)) if self.replay else list(phases)
+
+    def targets(self, targets: Targets) -> Targets:
+        """What the run adapts: with ewc, what its ancestor adapted. TrainingError when the recipe names others."""
+        if self.ancestor is None or self.is_grown:
+            return targets
+        modules = tuple(dict.fromkeys(module_of(name) for name in self.ancestor.tensors if ".lora_" in name))
+        s = self.settings
+        if (s.lora_target or s.lora_layers or s.phases) and set(targets.modules) != set(modules):
+            raise TrainingError(
+                f"lora_target: continual.method=ewc trains the {len(modules)} modules that {self.ancestor.path} "
+                f"adapts, and the recipe names {len(targets.modules)}; leave it out, or use continual.method=grow"
+            )
+        return Targets(tuple(dict.fromkeys(m.rpartition(".")[2] for m in modules)), None, modules)
 
     def adapt(self, model: PreTrainedModel, targets: Targets) -> PeftModel:
         """The adapter that is trained: fresh, fresh beside the ancestor's, or the ancestor's own."""

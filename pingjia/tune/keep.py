@@ -51,13 +51,14 @@ class Ranks:
 
 
 class Finish:
-    """The end of one run. `first`: what a PiSSA began with. `old`: `grow.old_digest` before the first update."""
+    """The end of one run; made before its first update. `first`: what a PiSSA began with."""
 
     def __init__(
-        self, course: Course, model: PeftModel, family: Family, rows: Sequence[Encoded], first: Tensors, old: str
+        self, course: Course, model: PeftModel, family: Family, rows: Sequence[Encoded], first: Tensors
     ) -> None:
         self._course, self._model, self._family = course, model, family
-        self._rows, self._first, self._old = rows, first, old
+        self._rows, self._first = rows, first
+        self._old = grow.old_digest(model) if course.is_grown else ""
 
     def keep(self, output_dir: Path, about: Mapping[str, Any], examine: Examine | None) -> Kept:
         """Write, judge, promote. `about`: what pingjia.json says of the run itself."""

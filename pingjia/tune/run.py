@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +21,15 @@ from pingjia.meter import Meter
 from pingjia.models import base_fingerprint, family_of, load_model, max_model_len, use_packed_attention
 from pingjia.models.device import pick_device
 from pingjia.models.settings import ModelSettings
-from pingjia.tune.checkpoint import ABOUT_FILE, checkpoints, run_fingerprint, save_adapter, set_aside, step_of
+from pingjia.tune import continual
+from pingjia.tune.checkpoint import ABOUT_FILE, LOG_FILE, checkpoints, run_fingerprint, save_adapter, set_aside, step_of
 from pingjia.tune.distributed import Alone, Holding, joined, local_rank
 from pingjia.tune.forecast import forecast
+from pingjia.tune.gate import Examine
 from pingjia.tune.groups import RateGroup
-from pingjia.tune.loop import SHRUNK, Run, StepLog, rate_groups, run_training
-from pingjia.tune.lora import Targets, adaptable, add_adapter, count_parameters, num_layers, resolve, resolve_targets
+from pingjia.tune.keep import Finish, Kept
+from pingjia.tune.loop import SHRUNK, Run, StepLog, rate_groups, read_log, run_training
+from pingjia.tune.lora import Targets, adaptable, count_parameters, num_layers, resolve, resolve_targets
 from pingjia.tune.memory import MemoryPlan
 from pingjia.tune.phases import plan_phases, trainable_names
 from pingjia.tune.pissa import first_matrices
@@ -45,6 +49,8 @@ _NOT_WEIGHTS = {
     "activation_cache_gb",
     "report_to",
     "distributed",
+    "continue_from",  # what a course takes from there counts, not where it is
+    "continual",
 }
 
 
@@ -97,12 +103,17 @@ class TrainResult:
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """How a surface (terminal, page) follows a run. `should_stop` is asked after every update."""
+    """How a surface (terminal, page) follows a run. `should_stop` is asked after every update.
+
+    `examine` asks the questions of probes; without it they are judged by their loss alone.
+    """
 
     on_plan: Callable[[TrainPlan], None] = lambda plan: None
     on_step: Callable[[StepLog], None] = lambda log: None
     on_shared_out: Callable[[Sequence[Holding]], None] = lambda holdings: None
     on_warning: Callable[[str], None] = lambda text: None
+    on_retention: Callable[[Kept], None] = lambda kept: None
+    examine: Examine | None = None
     should_stop: Callable[[], bool] = lambda: False
 
 
@@ -117,7 +128,8 @@ def train(
 ) -> TrainResult:
     """Train an adapter into `settings.output_dir`; goes on where an interrupted run with equal inputs stopped.
 
-    Raises DataError (nothing to learn), ModelError, TrainingError (it would train nothing, or diverged), StorageError.
+    Raises DataError (nothing to learn), ModelError, TrainingError (it would train nothing, or diverged), StorageError;
+    RetentionError when earlier tasks would be forgotten: the adapter is then in candidate/.
     """
     output_dir = Path(settings.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -138,45 +150,51 @@ def train(
             else []
         )
         family, base = family_of(model), base_fingerprint(model)
+        course = continual.begin(settings, data_settings, continual.Reader(tokenizer, cutoff_len), base)
+        settings, all_rows = course.settings, [*rows, *course.replay]
         recipe = _recipe(model_settings, data_settings, settings)
         fingerprint = run_fingerprint(
             {
-                "rows": [(row.ids, row.learn, *([row.weight] if row.weight != 1 else [])) for row in rows],
+                "rows": [(row.ids, row.learn, *([row.weight] if row.weight != 1 else [])) for row in all_rows],
                 "base": base,
                 "numbers": [str(model.dtype), model_settings.quantization_bit],
                 "tune": settings.model_dump(exclude=_NOT_WEIGHTS),
                 "template": tokenizer.template_digest,
+                **course.inputs,
             }
         )
         finished = ranks.from_first(lambda: _finished(output_dir, fingerprint, settings))
         if finished is not None:
             return finished
         resume_from = ranks.from_first(lambda: _resume_from(output_dir, settings))
-        targets = resolve_targets(model, family, settings)
+        targets = course.targets(resolve_targets(model, family, settings))
         phases = plan_phases(
-            len(rows),
+            course.rows_per_epoch(len(rows)),
             settings,
             lambda phase: resolve(model, family, phase.target, phase.layers or settings.lora_layers).modules,
         )
         depth = num_layers(adaptable(model))
-        adapted = add_adapter(model, targets, settings)
+        adapted = course.adapt(model, targets)
         first = first_matrices(adapted)
         use_packed_attention(model)
+        terms = course.terms(adapted, family, output_dir, fingerprint)
+        finish = None if course.is_plain else Finish(course, adapted, family, rows, first)
         if settings.gradient_checkpointing:
             checkpoint_activations(adapted)
         run = Run(
             model=adapted,
             family=family,
-            rows=rows,
+            rows=all_rows,
             eval_rows=eval_rows,
             settings=settings,
-            phases=phases,
+            phases=course.phases(phases, len(rows)),
             num_layers=depth,
             fingerprint=fingerprint,
             output_dir=output_dir,
             ranks=ranks,
             resume_from=resume_from,
             should_stop=hooks.should_stop,
+            terms=terms,
         )
         account = _Account(run, meter, ledger if ranks.is_first else None, run_name)
         run.on_saved = account.note
@@ -190,7 +208,7 @@ def train(
         with Trackers(wanted(settings.report_to) if ranks.is_first else [], tracked, hooks.on_warning) as trackers:
             run.observe = _observers(hooks, trackers)
             completed = run_training(run)
-        size = 0
+        size, kept = 0, None
         if completed:
             about = {
                 "format": 1,
@@ -207,11 +225,19 @@ def train(
                 "run_fingerprint": fingerprint,
                 "metrics": _metrics(run),
             }
-            with ranks.whole(adapted):
-                size = save_adapter(output_dir, adapted, about, first) if ranks.is_first else 0
+            if finish is not None:
+                kept = finish.keep(output_dir, about, hooks.examine)
+                size = kept.adapter_bytes
+            else:
+                with ranks.whole(adapted):
+                    size = save_adapter(output_dir, adapted, about, first) if ranks.is_first else 0
         if ranks.is_first:
             plot_loss(run.logs, output_dir / "training_loss.png")
         account.note(size)
+        if kept is not None:
+            hooks.on_retention(kept)
+            if kept.refused is not None:
+                raise kept.refused
         return TrainResult(output_dir, completed, False, size, **_metrics(run))
 
 
@@ -299,6 +325,28 @@ def _finished(output_dir: Path, fingerprint: str, settings: TuneSettings) -> Tra
             "output_dir, or resume_from_checkpoint=false to replace it"
         )
     return TrainResult(output_dir, True, True, _adapter_bytes(output_dir), **about["metrics"])
+
+
+def result_so_far(settings: TuneSettings, *, finished: bool) -> TrainResult:
+    """What other processes made of a run, read from its files."""
+    output_dir = Path(settings.output_dir)
+    about = read_about(output_dir) if finished else None
+    if about is not None:
+        return TrainResult(output_dir, True, False, _adapter_bytes(output_dir), **about["metrics"])
+    logs = read_log(output_dir / LOG_FILE)
+    return TrainResult(
+        output_dir=output_dir,
+        finished=finished,  # on the machine of the first process, where this one is not
+        was_finished=False,
+        adapter_bytes=0,
+        num_steps=logs[-1].step if logs else 0,
+        last_loss=logs[-1].loss if logs else math.nan,
+        eval_loss=None,
+        seconds=sum(log.seconds for log in logs),
+        trained_tokens=sum(log.num_tokens for log in logs),
+        learnt_tokens=sum(log.num_learnt for log in logs),
+        peak_bytes=max((log.peak_bytes for log in logs), default=0),
+    )
 
 
 def read_about(output_dir: Path) -> Mapping[str, Any] | None:

@@ -131,8 +131,8 @@ class TuneSettings(Section):
     @model_validator(mode="after")
     def _continues_soundly(self) -> TuneSettings:
         wrong = _idle_keys(self) if self.continue_from is None else _conflict(self)
-        if wrong is None and self.init_lora_weights.startswith("pissa") and _looks_back(self):
-            wrong = "continue_from, continual.probes and continual.keep_fisher need the base as it is; PiSSA changes it"
+        if wrong is None and _looks_back(self):
+            wrong = _unlike_base(self)
         if wrong is not None:
             raise ValueError(wrong)
         return self
@@ -140,6 +140,15 @@ class TuneSettings(Section):
 
 def _looks_back(s: TuneSettings) -> bool:
     return s.continue_from is not None or bool(s.continual.probes) or s.continual.keep_fisher
+
+
+def _unlike_base(s: TuneSettings) -> str | None:
+    keys = "continue_from, continual.probes and continual.keep_fisher"
+    if s.init_lora_weights.startswith("pissa"):
+        return f"{keys} need the base as it is, and PiSSA changes it: leave out init_lora_weights"
+    if s.distributed.strategy != "none":
+        return f"{keys} work in one process: leave out distributed.strategy"
+    return None
 
 
 def _idle_keys(s: TuneSettings) -> str | None:
@@ -150,8 +159,6 @@ def _idle_keys(s: TuneSettings) -> str | None:
 def _conflict(s: TuneSettings) -> str | None:
     """Why a run cannot continue as asked."""
     c = s.continual
-    if s.distributed.strategy != "none":
-        return "continue_from works in one process: distributed.strategy must be none"
     if c.method == "ewc":
         return "continual.method=ewc keeps the rank: leave out shrink_lora_rank_to" if s.shrink_lora_rank_to else None
     if s.use_dora or s.train_new_tokens:
