@@ -329,11 +329,12 @@ class _Preparation:
         if num_clusters is None or not len(rows):
             return
         self._job.on_stage("domains")
-        wanted = set(rows.tolist())
+        wanted = np.zeros(len(table), bool)
+        wanted[rows] = True
 
         def texts() -> Iterator[str]:
             for row, line in enumerate(self._lines()):
-                if row in wanted and isinstance(line.row, dict):
+                if wanted[row] and isinstance(line.row, dict):
                     example = parse_row(line.row, line.where).example
                     assert example is not None
                     yield question(example)

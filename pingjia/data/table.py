@@ -89,7 +89,7 @@ def _append(out: Mapping[str, BinaryIO], signatures: Signatures) -> None:
         return
     out["exact"].write(np.ascontiguousarray(signatures.exact, "<u8").data)
     out["question"].write(np.ascontiguousarray(signatures.question, "<u8").data)
-    out["minhash"].write(np.ascontiguousarray(signatures.minhash, "<u4").data)
+    out["minhash"].write(np.ascontiguousarray(signatures.minhash, "u1").data)
     for number in range(NUM_BANDS):
         out[f"band{number}"].write(np.ascontiguousarray(signatures.bands[number], "<u8").data)
 
@@ -114,5 +114,5 @@ def _mapped(scratch: Path) -> Signatures:
     question = np.fromfile(scratch / "question", "<u8")
     if not len(question):
         return Signatures.of([])
-    minhash = np.memmap(scratch / "minhash", "<u4", "r", shape=(len(question), NUM_PERM))
+    minhash = np.memmap(scratch / "minhash", "u1", "r", shape=(len(question), NUM_PERM))
     return Signatures(exact, question, _Bands(scratch), minhash)  # type: ignore[arg-type]
