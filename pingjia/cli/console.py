@@ -13,7 +13,7 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def progress_bar(where: Console = console) -> Iterator[Progress]:
+def progress_bar(where: Console = console, *, quiet: bool = False) -> Iterator[Progress]:
     """A bar with time spent and time left. `fields[note]` is free text at its end."""
     columns = (
         TextColumn("{task.description}"),
@@ -24,7 +24,7 @@ def progress_bar(where: Console = console) -> Iterator[Progress]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=where, refresh_per_second=4) as progress:
+    with Progress(*columns, console=where, refresh_per_second=4, disable=quiet) as progress:
         yield progress
 
 

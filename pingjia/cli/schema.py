@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from pydantic import Field
 
 from pingjia import recipe
@@ -43,6 +44,13 @@ class Recipe(Section):
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe.load(path, overrides, Recipe, flat=FLAT)
+
+
+def save_recipe(settings: Recipe, file: Path) -> None:
+    """Write a recipe so that `load_recipe` reads the same one."""
+    sections = settings.model_dump(mode="json", exclude_unset=True)
+    flat = {key: value for name in FLAT for key, value in sections.pop(name, {}).items()}
+    file.write_text(yaml.safe_dump(flat | sections, allow_unicode=True), encoding="utf-8")
 
 
 def ledger_path(settings: Recipe) -> Path:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,12 +15,14 @@ import typer
 from rich.table import Table
 
 from pingjia.cli.console import console, duration, megabytes, progress_bar
-from pingjia.cli.schema import Recipe, ledger_path, load_recipe
+from pingjia.cli.schema import Recipe, ledger_path, load_recipe, save_recipe
+from pingjia.cost.settings import CostSettings
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from pingjia.tune import Hooks, TrainPlan, TrainResult
+    from pingjia.tune.distributed import Holding
     from pingjia.tune.loop import StepLog
     from pingjia.tune.memory import MemoryPlan
 
@@ -42,25 +47,49 @@ def train_recipe(recipe: Recipe, on_start: Callable[[], None] = lambda: None) ->
     `on_start()` is called when everything is loaded and checked and nothing of another run is in the way.
     """
     from pingjia.ledger import Ledger
+    from pingjia.tune import launch
     from pingjia.tune import train as train_adapter
 
-    with progress_bar() as progress, _stop_on_signal() as should_stop:
+    if recipe.tune.distributed.strategy != "none" and not launch.is_rank():
+        return _train_in_processes(recipe, on_start)
+    if launch.is_rank():
+        launch.die_with_launcher()
+        on_start = launch.say_started
+    with progress_bar(quiet=not launch.is_first()) as progress, _stop_on_signal() as should_stop:
         result = train_adapter(
             recipe.model,
             recipe.data,
             recipe.tune,
             ledger=Ledger(ledger_path(recipe)),
             run_name=Path(recipe.tune.output_dir).name,
-            hooks=_hooks(progress, should_stop, on_start),
+            hooks=_hooks(progress, should_stop, on_start, recipe.cost),
         )
-    _print_result(result)
+    if launch.is_first():
+        _print_result(result)
     return result
 
 
-def _hooks(progress: Progress, should_stop: Callable[[], bool], on_start: Callable[[], None]) -> Hooks:
+def _train_in_processes(recipe: Recipe, on_start: Callable[[], None]) -> TrainResult:
+    """The same command in every process, with the recipe as it has been read."""
+    from pingjia.tune import launch
+    from pingjia.tune.run import result_so_far
+
+    layout = launch.layout_of(recipe.tune.distributed)
+    console.print(f"  {layout.num_processes} processes here of {layout.world_size}, {recipe.tune.distributed.strategy}")
+    with tempfile.TemporaryDirectory(prefix="pingjia-recipe-") as folder:
+        file = Path(folder) / "recipe.yaml"
+        save_recipe(recipe, file)
+        command = [sys.executable, "-m", "pingjia.cli.main", "train", str(file)]
+        code = launch.launch(command, layout, on_start)
+    return result_so_far(recipe.tune, finished=code == 0)
+
+
+def _hooks(
+    progress: Progress, should_stop: Callable[[], bool], on_start: Callable[[], None], cost: CostSettings
+) -> Hooks:
     from pingjia.tune import Hooks
 
-    task = progress.add_task("loading", total=None, note="")
+    task, pace = progress.add_task("loading", total=None, note=""), Pace(cost)
 
     def on_plan(plan: TrainPlan) -> None:
         _print_plan(plan)
@@ -68,15 +97,41 @@ def _hooks(progress: Progress, should_stop: Callable[[], bool], on_start: Callab
         on_start()
 
     def on_step(log: StepLog) -> None:
-        rate = f"{log.num_tokens / log.seconds:.0f} tok/s, {log.num_learnt / log.seconds:.0f} learnt/s"
-        progress.update(task, completed=log.step, note=f"loss {log.loss:.3f}  {rate}")
+        progress.update(task, completed=log.step, note=f"loss {log.loss:.3f}  {pace.note(log)}")
         if log.eval_loss is not None:
             phase = f"{log.phase}, " if log.phase else ""
             console.print(f"  {phase}epoch {log.epoch:g}: loss {log.loss:.3f}, held-out loss {log.eval_loss:.3f}")
         if log.event is not None:
             console.print(f"  update {log.step}: {log.event}", markup=False)
 
-    return Hooks(on_plan=on_plan, on_step=on_step, should_stop=should_stop)
+    def on_shared_out(holdings: Sequence[Holding]) -> None:
+        for holding in holdings:
+            console.print(f"  {holding}")
+
+    def on_warning(text: str) -> None:
+        console.print(f"  {text}", markup=False)
+
+    return Hooks(on_plan, on_step, on_shared_out, on_warning, should_stop)
+
+
+class Pace:
+    """How fast a run goes, and what is left of it, from its last updates."""
+
+    def __init__(self, cost: CostSettings) -> None:
+        self._cost = cost
+        self._last: deque[StepLog] = deque(maxlen=20)
+
+    def note(self, log: StepLog) -> str:
+        """`152 tok/s, 60 learnt/s  1.20 GB  0.35 CNY to go`: over the last 20 updates, which differ in length."""
+        self._last.append(log)
+        seconds = sum(each.seconds for each in self._last)
+        tokens, learnt = (sum(getattr(each, name) for each in self._last) for name in ("num_tokens", "num_learnt"))
+        left_s = seconds / len(self._last) * (log.num_steps - log.step)
+        money = left_s / 3600 * self._cost.price_per_hour
+        return (
+            f"{tokens / seconds:.0f} tok/s, {learnt / seconds:.0f} learnt/s  {megabytes(log.peak_bytes)}  "
+            f"{money:.2f} {self._cost.currency} to go"
+        )
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from pingjia.errors import PingjiaError, TrainingError
@@ -163,13 +164,21 @@ class Fsdp2(_Together):
 
     def prepare(self, model: Any) -> Any:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.size,))
         learning = {p for p in model.parameters() if p.requires_grad}
         for layer in layers_of(model):
             fully_shard(layer, mesh=mesh, ignored_params=learning)
         return fully_shard(model, mesh=mesh, ignored_params=learning)
+
+    @contextmanager
+    def whole(self, model: torch.nn.Module) -> Iterator[None]:
+        # After a forward pass without a backward one the outermost weights are still gathered. Saving, which only one
+        # process does, shares them out again; the others would then wait for other messages than it sends.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        yield
 
     def _count(self, model: torch.nn.Module) -> tuple[int, int]:
         parameters = list(model.parameters())

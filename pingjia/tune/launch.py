@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,10 @@ from pingjia.tune.settings import DistributedSettings
 
 RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
 _PARENT = "PINGJIA_LAUNCHER"  # process id of the launcher
+_STARTED = "PINGJIA_STARTED"  # file that the first process makes when all is loaded and checked
 _DEFAULT_PORT = 29500  # what torchrun takes
 _GRACE_S = 3.0  # from SIGTERM to SIGKILL
+_AFTERMATH_S = 1.0  # the others notice a lost peer at once; who was first is seen by how it ended
 _PR_SET_PDEATHSIG = 1
 STOPPED = 130  # exit code of a run that was asked to stop, and has saved
 
@@ -34,6 +36,11 @@ STOPPED = 130  # exit code of a run that was asked to stop, and has saved
 def is_rank() -> bool:
     """Whether this process is one of several, started by this module or by torchrun."""
     return RANK in os.environ and WORLD_SIZE in os.environ
+
+
+def is_first() -> bool:
+    """Whether this process speaks for the run."""
+    return os.environ.get(RANK, "0") == "0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,20 +110,22 @@ def free_port() -> int:
         return port
 
 
-def launch(command: Sequence[str], layout: Layout) -> int:
+def launch(command: Sequence[str], layout: Layout, on_start: Callable[[], None] = lambda: None) -> int:
     """Run `command` in every process of this machine. Returns 0, or STOPPED when it was interrupted and has saved.
 
+    `on_start()` is called once the first process has called `say_started`.
     Raises TrainingError with what the first process that failed said; by then none is left.
     """
     with tempfile.TemporaryDirectory(prefix="pingjia-ranks-") as folder:
+        started = Path(folder) / "started"
         files = [Path(folder) / f"{local}.err" for local in range(layout.num_processes)]
         errors = [open(file, "w+", encoding="utf-8") for file in files]  # noqa: SIM115  closed below
         processes: list[subprocess.Popen[bytes]] = []
         try:
             with _passing_signals_on(processes):
                 for local, error in enumerate(errors):
-                    processes.append(_start(command, layout, local, error))
-                failed = _wait(processes)
+                    processes.append(_start(command, layout, local, error, started))
+                failed = _wait(processes, _Once(started.exists, on_start))
                 _end(processes)
             if failed is not None:
                 raise TrainingError(_what_failed(layout.first + failed, layout, processes[failed], errors[failed]))
@@ -127,11 +136,25 @@ def launch(command: Sequence[str], layout: Layout) -> int:
                 error.close()
 
 
-def _start(command: Sequence[str], layout: Layout, local: int, error: IO[str]) -> subprocess.Popen[bytes]:
+class _Once:
+    """Calls `act` the first time that `is_due` says so."""
+
+    def __init__(self, is_due: Callable[[], bool], act: Callable[[], None]) -> None:
+        self._is_due, self._act, self._done = is_due, act, False
+
+    def __call__(self) -> None:
+        if not self._done and self._is_due():
+            self._done = True
+            self._act()
+
+
+def _start(
+    command: Sequence[str], layout: Layout, local: int, error: IO[str], started: Path
+) -> subprocess.Popen[bytes]:
     shows = layout.first + local == 0
     return subprocess.Popen(  # noqa: S603  our own command
         command,
-        env=os.environ | layout.environment(local),
+        env=os.environ | layout.environment(local) | {_STARTED: str(started)},
         stdin=subprocess.DEVNULL,
         stdout=None if shows else subprocess.DEVNULL,
         stderr=error,
@@ -139,26 +162,28 @@ def _start(command: Sequence[str], layout: Layout, local: int, error: IO[str]) -
     )
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
+def _wait(processes: Sequence[subprocess.Popen[bytes]], watch: Callable[[], None]) -> int | None:
     """Until all have ended (None), or until one has ended badly (its place)."""
     while True:
         codes = [process.poll() for process in processes]
-        bad = [place for place, code in enumerate(codes) if code not in (None, 0, STOPPED)]
-        if bad:
-            return _cause(processes, bad)
+        watch()
+        if any(code not in (None, 0, STOPPED) for code in codes):
+            return _cause(processes)
         if None not in codes:
             return None
         time.sleep(0.05)
 
 
-def _cause(processes: Sequence[subprocess.Popen[bytes]], bad: list[int]) -> int:
-    """Of those that ended badly, the one to blame: killed by a signal before an error, an error of ours (2) before one
-    that only lost its peers."""
-    time.sleep(0.2)  # the others notice a lost peer at once; who was first is seen by how it ended
+def _cause(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Of those that ended badly, the one to blame: killed from outside, then an error of the user's, then one of ours.
+    Those that only lost their peers come last: gloo ends them by SIGABRT."""
+    time.sleep(_AFTERMATH_S)
     bad = [place for place, process in enumerate(processes) if process.poll() not in (None, 0, STOPPED)]
 
     def blame(place: int) -> int:
         code = processes[place].returncode
+        if code == -signal.SIGABRT:
+            return 3
         return 0 if code < 0 else {2: 1}.get(code, 2)
 
     return min(bad, key=blame)
@@ -207,6 +232,12 @@ def _passing_signals_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterato
     finally:
         for n in before:
             signal.signal(n, before[n])
+
+
+def say_started() -> None:
+    """In a process that `launch` started: all is loaded and checked."""
+    if _STARTED in os.environ:
+        Path(os.environ[_STARTED]).touch()
 
 
 def die_with_launcher() -> None:
