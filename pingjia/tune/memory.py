@@ -146,6 +146,7 @@ def plan_memory(shape: NetworkShape, adapters: Adapters, work: Work, held: Held,
     if work.checkpointing:
         activations = shape.hidden * work.num_tokens * work.element_bytes * work.num_learning_layers
         working = layer + adapter // max(1, work.num_learning_layers)
+    activations += 4 * shape.hidden * work.num_tokens  # what enters the last norm
     working += _GRADIENTS_AT_ONCE * shape.widest * work.num_tokens * work.element_bytes
     return MemoryPlan(
         num_tokens=work.num_tokens,
