@@ -8,6 +8,8 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,6 +48,7 @@ def train_recipe(recipe: Recipe, on_start: Callable[[], None] = lambda: None) ->
 
     `on_start()` is called when everything is loaded and checked and nothing of another run is in the way.
     """
+    from pingjia.cli.probes import examine, print_retention
     from pingjia.ledger import Ledger
     from pingjia.tune import launch
     from pingjia.tune import train as train_adapter
@@ -56,13 +59,14 @@ def train_recipe(recipe: Recipe, on_start: Callable[[], None] = lambda: None) ->
         launch.die_with_launcher()
         on_start = launch.say_started
     with progress_bar(quiet=not launch.is_first()) as progress, _stop_on_signal() as should_stop:
+        hooks = _hooks(progress, should_stop, on_start, recipe.cost)
         result = train_adapter(
             recipe.model,
             recipe.data,
             recipe.tune,
             ledger=Ledger(ledger_path(recipe)),
             run_name=Path(recipe.tune.output_dir).name,
-            hooks=_hooks(progress, should_stop, on_start, recipe.cost),
+            hooks=replace(hooks, examine=partial(examine, recipe), on_retention=print_retention),
         )
     if launch.is_first():
         _print_result(result)

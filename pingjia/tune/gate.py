@@ -19,9 +19,9 @@ from pingjia.models.family import Family
 from pingjia.tune.step import build_batch, mean_loss
 from pingjia.types import Encoded, Example
 
-Examine = Callable[[PreTrainedModel, Sequence[Path | None], Sequence[Example]], list[list[bool]]]
+Examine = Callable[[PreTrainedModel, Sequence[Path | None], Sequence[Example]], list[list[bool]] | None]
 """examine(network, adapters, questions): for each adapter directory (None: the network alone), whether its answers to
-the questions state all their facts. It may take the network over."""
+the questions state all their facts; None when they cannot be asked. It may take the network over."""
 
 
 class RetentionError(TrainingError):
@@ -137,6 +137,8 @@ def _facts(
     if examine is None or not asked:
         return [{} for _ in adapters]
     right = examine(network, adapters, [example for _, example in asked])
+    if right is None:
+        return [{} for _ in adapters]
     return [_by_probe([name for name, _ in asked], marks) for marks in right]
 
 

@@ -112,9 +112,9 @@ class Hooks:
     on_step: Callable[[StepLog], None] = lambda log: None
     on_shared_out: Callable[[Sequence[Holding]], None] = lambda holdings: None
     on_warning: Callable[[str], None] = lambda text: None
+    should_stop: Callable[[], bool] = lambda: False
     on_retention: Callable[[Kept], None] = lambda kept: None
     examine: Examine | None = None
-    should_stop: Callable[[], bool] = lambda: False
 
 
 def train(

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel
 
 from pingjia.errors import DataError, TrainingError
 from pingjia.models import base_fingerprint, load_model
-from pingjia.tune import Hooks, TrainResult
+from pingjia.tune import TrainResult
 from pingjia.tune.elastic import Loras, loras
 from pingjia.tune.loop import read_log
 
@@ -248,9 +248,9 @@ def test_settings_that_do_not_fit_are_refused(go_on: Train, changed: dict[str, A
 
 
 def test_ewc_refuses_another_shape(go_on: Train) -> None:
-    with pytest.raises(TrainingError, match="lora_rank is 2, but .*ewc trains the matrices of .*, which have 4"):
+    with pytest.raises(TrainingError, match=r"lora_rank is 2, but .*ewc trains the matrices of .*, which have 4"):
         go_on(continual={"method": "ewc"}, lora_rank=2)
-    with pytest.raises(TrainingError, match="the 21 modules that .* adapts, and the recipe names 6"):
+    with pytest.raises(TrainingError, match=r"the 21 modules that .* adapts, and the recipe names 6"):
         go_on(continual={"method": "ewc"}, lora_target="q_proj,v_proj")
 
 
