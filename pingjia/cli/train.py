@@ -115,7 +115,13 @@ def _hooks(
     def on_warning(text: str) -> None:
         console.print(f"  {text}", markup=False)
 
-    return Hooks(on_plan, on_step, on_shared_out, on_warning, should_stop)
+    return Hooks(
+        on_plan=on_plan,
+        on_step=on_step,
+        on_shared_out=on_shared_out,
+        on_warning=on_warning,
+        should_stop=should_stop,
+    )
 
 
 class Pace:
