@@ -35,7 +35,7 @@ from pingjia.data.layouts import parse_row
 from pingjia.data.parts import Line, Parts, dump
 from pingjia.data.pool import Pool
 from pingjia.data.problems import Finding, Problem
-from pingjia.data.quality import Comparison, Pair, judge_pairs
+from pingjia.data.quality import Comparison, Familiarity, Pair, judge_pairs
 from pingjia.data.record import Plan
 from pingjia.data.report import DataReport, Scores, load_report
 from pingjia.data.report_page import render_page
@@ -109,6 +109,7 @@ class _Preparation:
         self._tokenizer = chat.load_tokenizer(job.model)
         self._originals: dict[str, str] = {}
         self._encoder_loaded: TextEncoder | None = None
+        self._familiarity = Familiarity()
 
     def run(self) -> Prepared:
         started = time.perf_counter()
@@ -131,6 +132,8 @@ class _Preparation:
         with self._stage("quality", verdicts, shown=self._compares()):
             self._judge_quality(verdicts)
         table, verdicts = self._augment(table, verdicts, held_out)
+        if (note := self._familiarity.note(self._settings.quality.encoder)) is not None:
+            self._tally.report.notes.append(note)
         self._group(table, verdicts)
         with self._stage("shares", verdicts):
             self._balance(table, verdicts)
@@ -243,6 +246,7 @@ class _Preparation:
         # All scores before the first verdict: `_alive` must not see a row vanish while it is being read.
         judged = list(judge_pairs(pairs, self._encoder(), name, threshold))
         for one in judged:
+            self._familiarity.add(one)
             scores.histogram.add([one.f1])
             if one.finding is not None:
                 scores.num_below += 1
@@ -299,7 +303,10 @@ class _Preparation:
             judged = judge_pairs(
                 (Pair(i, new, old) for i, (new, old) in enumerate(pairs)), encoder, "augmented", threshold
             )
-            found = [one.f1 for one in judged]
+            found = []
+            for one in judged:
+                self._familiarity.add(one)
+                found.append(one.f1)
             scores.histogram.add(found)
             scores.num_below += sum(f1 < threshold for f1 in found)
             return found

@@ -8,7 +8,7 @@ subject. It does not say that the answer is good: prompt against answer is no me
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,15 +58,26 @@ def judge_pairs(
         yield from _judge(window, encoder, comparison, threshold)
 
 
-def unknown_note(judged: Sequence[Judged], encoder: str) -> str | None:
-    """What a reader of the scores must know when the encoder does not know the language of the texts."""
-    share = sum(one.unknown for one in judged) / max(1, len(judged))
-    if share < _FEW_KNOWN:
-        return None
-    return (
-        f"the encoder {encoder} does not know {share:.0%} of the tokens of {len(judged)} compared pairs: its scores "
-        "tell unrelated texts apart and little more; name an encoder of their language (quality.encoder)"
-    )
+@dataclass(slots=True)
+class Familiarity:
+    """How much of the texts that were compared the encoder knows."""
+
+    num_pairs: int = 0
+    unknown: float = 0.0  # sum over the pairs
+
+    def add(self, judged: Judged) -> None:
+        self.num_pairs += 1
+        self.unknown += judged.unknown
+
+    def note(self, encoder: str) -> str | None:
+        """What a reader of the scores must know when the encoder does not know the language of the texts."""
+        share = self.unknown / max(1, self.num_pairs)
+        if share < _FEW_KNOWN:
+            return None
+        return (
+            f"the encoder {encoder} does not know {share:.0%} of the tokens of {self.num_pairs:,} compared pairs: its "
+            "scores tell unrelated texts apart and little more; name an encoder of their language (quality.encoder)"
+        )
 
 
 def _judge(window: list[Pair], encoder: TextEncoder, comparison: Comparison, threshold: float) -> Iterator[Judged]:

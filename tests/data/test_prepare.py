@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,22 @@ def test_answers_unlike_their_reference_are_left_out(write: Write, run: Run, out
     )
     scores = result.report.quality["reference"]
     assert (scores.histogram.num, scores.num_below) == (2, 1)
+
+
+@pytest.mark.parametrize("unknown", [0.75, 0.1])
+def test_an_encoder_that_does_not_know_the_language_is_named(write: Write, run: Run, unknown: float) -> None:
+    class Foreign(Letters):
+        def _one(self, text: str) -> Vectors:
+            return replace(super()._one(text), unknown=unknown)
+
+    class WithForeign(Tools):
+        def encoder(self, name: str, layer: int | None) -> Letters:
+            return Foreign()
+
+    row = {"prompt": "冰箱保修多久？", "response": "整机保修三年。", "reference": "整机保修三年！"}
+    result = run(write([row]), tools=WithForeign(), quality={"reference": 0.5})
+    named = any("minilm does not know 75% of the tokens" in note for note in result.report.notes)
+    assert named == (unknown == 0.75)
 
 
 def test_relevance_says_what_it_is(write: Write, run: Run, out: Path) -> None:

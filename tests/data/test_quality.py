@@ -10,7 +10,7 @@ import pytest
 
 from pingjia.data import quality
 from pingjia.data.problems import Finding
-from pingjia.data.quality import Comparison, Judged, Pair, judge_pairs, unknown_note
+from pingjia.data.quality import Comparison, Familiarity, Judged, Pair, judge_pairs
 from pingjia.similarity import Vectors, bert_scores
 
 KNOWN = "冰箱保修多久三年整机"
@@ -103,11 +103,14 @@ def test_unknown_tokens_are_named_where_they_are_many() -> None:
 
 
 def test_a_note_says_when_the_encoder_reads_another_language() -> None:
-    assert unknown_note([], "minilm") is None
-    assert unknown_note([Judged(0, 0.5, None, 0.1)], "minilm") is None
-    note = unknown_note([Judged(0, 0.5, None, 0.9), Judged(1, 0.5, None, 0.6)], "minilm")
+    some = Familiarity()
+    assert some.note("minilm") is None
+    some.add(Judged(0, 0.5, None, 0.2))
+    assert some.note("minilm") is None
+    some.add(Judged(1, 0.5, None, 0.9))
+    note = some.note("minilm")
     assert note is not None
-    assert note.startswith("the encoder minilm does not know 75% of the tokens of 2 compared pairs")
+    assert note.startswith("the encoder minilm does not know 55% of the tokens of 2 compared pairs")
     assert "quality.encoder" in note
 
 
