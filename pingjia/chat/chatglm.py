@@ -148,6 +148,11 @@ def _bad(message: str) -> RequestError:
 # ---- what the three share
 
 
+_SPECIAL_TEXTS = {"mask": "[MASK]", "gmask": "[gMASK]", "smask": "[sMASK]", "eos": "</s>"} | {
+    role: f"<|{role}|>" for role in ("system", "user", "assistant", "observation")
+}
+
+
 class _SentencePieceTokenizer:
     """See `tokenizer.Tokenizer`, which the classes below satisfy."""
 
@@ -185,6 +190,10 @@ class _SentencePieceTokenizer:
     def stream_answer(self) -> StreamDecoder:
         """Pieces of `decode_answer`."""
         return StagedStream(self.stream(), self._answer_stages())
+
+    def special_text(self, token: int) -> str | None:
+        name = next((name for name, special in self.special_ids.items() if special == token), None)
+        return None if name is None else _SPECIAL_TEXTS.get(name, f"<{name}>")
 
     def _silent_ids(self) -> frozenset[int]:
         return frozenset()

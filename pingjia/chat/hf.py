@@ -120,6 +120,9 @@ class HFTokenizer:
     def render_text(self, text: str) -> list[int]:
         return self._bos_ids + self.encode(text)
 
+    def special_text(self, token: int) -> str | None:
+        return self._vocabulary.id_to_token(token) if token in self._special_ids else None
+
     # ---- conversations
 
     def render(

@@ -89,6 +89,10 @@ class Tokenizer(Protocol):
         """A fresh decoder for what a reader is shown of one answer: `stream`, and the family's finishing touches."""
         ...
 
+    def special_text(self, token: int) -> str | None:
+        """How a special token is written, <|im_end|> say; None for a token of text."""
+        ...
+
     def save(self, directory: Path) -> None:
         """Write the files from which `load_tokenizer` makes an equal tokenizer."""
         ...

@@ -24,7 +24,10 @@ MAX_SHOWN = 50
 
 @app.command("check")
 def check(
-    files: Annotated[list[str], typer.Argument(help="JSONL, JSON, CSV or Parquet files, also in gzip; or samples:NAME.", metavar="FILE...")],
+    files: Annotated[
+        list[str],
+        typer.Argument(help="JSONL, JSON, CSV or Parquet files, also in gzip; or samples:NAME.", metavar="FILE..."),
+    ],
     model: Annotated[str | None, typer.Option("--model", help="Count lengths in this model's tokens.")] = None,
     cutoff_len: Annotated[int | None, typer.Option(help="With --model: the longest row, in tokens.", min=8)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,

@@ -32,6 +32,7 @@ from pingjia.data.files import fingerprint
 from pingjia.data.histogram import Histogram
 from pingjia.data.intake import belongs, digest, made_chunks, open_work, store, take_in
 from pingjia.data.layouts import parse_row
+from pingjia.data.pairs import find_repeats
 from pingjia.data.parts import Line, Parts, dump
 from pingjia.data.pool import Pool
 from pingjia.data.problems import Finding, Problem
@@ -380,6 +381,7 @@ class _Preparation:
     def _write(self, table: Table, held_out: Table, verdicts: Verdicts, started: float) -> None:
         self._job.on_stage("write")
         out, report = self._job.out, self._tally.report
+        report.repeats = find_repeats(verdicts, self._lines, self._held_out.all_lines)
         try:
             with ExitStack() as stack:
                 files = {n: stack.enter_context(open(self._work / n, "wb")) for n in (TRAIN, REJECTED, CHANGED)}

@@ -1,376 +1,210 @@
 """The report of a data set as one HTML page: no request to anywhere, Chinese and English, light and dark, any width.
 
-Pure functions from a `DataReport` to text. Every text that comes from users is escaped where it is put in.
+Pure functions from a `DataReport` to text. Here: the frame, the headline and the sources; what is between stands in
+`report_sections.py`, pictures in `report_charts.py`, colours and sizes in `report.css`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+import base64
+import hashlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from pingjia.data.histogram import Histogram
-from pingjia.data.report import DataReport, Piece, Rule, Scores, Share, Stage, shorten
+from pingjia.data.report import DataReport, percent, shorten
+from pingjia.data.report_charts import bar
+from pingjia.data.report_html import NOTHING, Html, Words, both, join, num, share, table, tag, user
+from pingjia.data.report_remarks import remarks
+from pingjia.data.report_sections import SECTIONS, Section
 
-_RULES: Mapping[str, tuple[str, str]] = {
-    "json": ("不是合法的 JSON", "not valid JSON"),
-    "row": ("字段缺失或有误", "fields missing or wrong"),
-    "encoding": ("编码错误", "broken encoding"),
-    "line": ("行太长", "line too long"),
-    "length": ("超过长度上限", "too long"),
-    "template": ("对话模板不接受", "refused by the template"),
-    "repeated": ("答案循环重复", "answer runs in circles"),
-    "refusal": ("套话式拒答", "stock refusal"),
-    "markup": ("标记损坏", "broken mark-up"),
-    "echo": ("答案等于问题", "answer equals question"),
-    "language": ("问答语言不一致", "languages differ"),
-    "language_kept": ("不在保留的语言中", "language not kept"),
-    "personal": ("个人信息", "personal data"),
-    "duplicate": ("完全重复", "duplicate"),
-    "near_duplicate": ("近似重复", "near duplicate"),
-    "leak": ("与留出集泄漏", "leaks into held-out rows"),
-    "quality.reference": ("与参考答案不符", "unlike its reference"),
-    "quality.augmented": ("改写偏离原文", "reworded too far"),
-    "quality.relevance": ("答非所问", "off the subject"),
-    "zh_share": ("为中文占比舍去", "left out for the Chinese share"),
-    "balance": ("为领域平衡舍去", "left out for the balance"),
-    "truncated": ("问题被截短", "question shortened"),
-    "split": ("按轮次拆分", "split by turns"),
-}
-_STAGES: Mapping[str, tuple[str, str]] = {
-    "read": ("读取", "read"),
-    "rows": ("逐行检查", "checks on each row"),
-    "duplicates": ("去重与防泄漏", "duplicates and leaks"),
-    "quality": ("质量", "quality"),
-    "augment": ("增广", "augmentation"),
-    "shares": ("语言与领域配比", "languages and domains"),
-}
-_COMPARED: Mapping[str, tuple[str, str]] = {
-    "reference": ("答案与参考", "answer against reference"),
-    "augmented": ("改写与原文", "reworded against original"),
-    "relevance": ("答案与问题（主题相关，不代表质量）", "answer against question (subject, not quality)"),
-}
-_KINDS: Mapping[str, tuple[str, str]] = {
-    "phone": ("电话", "phone"),
-    "id_card": ("身份证", "identity card"),
-    "bank_card": ("银行卡", "bank card"),
-    "email": ("邮箱", "e-mail"),
-    "order_number": ("订单号", "order number"),
-}
+_MAX_FILES, _MAX_SETTINGS, _MAX_NOTES = 50, 80, 30
+
+# Without it, both languages are shown. The buttons are radio buttons, and the style sheet obeys them.
+_SCRIPT = """(function () {
+  var root = document.documentElement;
+  function show(id) {
+    document.getElementById(id).checked = true;
+    root.lang = id === "en" ? "en" : "zh-CN";
+  }
+  show(/^zh/i.test(navigator.language || "zh") ? "zh" : "en");
+  document.getElementById("language").addEventListener("change", function (event) { show(event.target.id); });
+  addEventListener("beforeprint", function () {
+    document.querySelectorAll("details").forEach(function (one) { one.open = true; });
+  });
+})();"""
 
 
 def render_page(report: DataReport) -> str:
-    """The whole page."""
-    sections = [
-        _headline(report),
-        _funnel(report.stages),
-        _lengths(report),
-        _shares(("语言", "Languages"), report.languages, report),
-        _shares(("领域", "Domains"), report.domains, None),
-        _quality(report.quality),
-        _rules(("舍去的数据", "Left out"), report.rejects, "rejected.jsonl"),
-        _rules(("改动的数据", "Changed"), report.changes, "changed.jsonl"),
-        _personal(report),
-        _augmentation(report),
-        _examples(report.examples),
-        _details(report),
+    """The whole page. Nothing in it is fetched, and only its own script runs, whatever stands in the report."""
+    style = Html((Path(__file__).parent / "report.css").read_text(encoding="utf-8"))
+    script = tag("script", Html(_SCRIPT))
+    head = tag("head", _meta(), tag("title", f"{_title(report)} · pingjia"), tag("style", style))
+    shown = [(s, content) for s in (*SECTIONS, _SOURCES) if (content := s.content(report))]
+    main = tag("main", [_section(s, content) for s, content in shown])
+    body = tag("body", _header(report), _contents([s for s, _ in shown]), main, script)
+    return f"<!doctype html>\n{tag('html', head, body, lang='zh-CN')}\n"
+
+
+def _meta() -> Html:
+    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return join(
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("link", rel="icon", href="data:,"),
+    )
+
+
+def _section(section: Section, content: Html) -> Html:
+    return tag("section", tag("h2", both(section.title)), content, id=section.id)
+
+
+def _contents(sections: list[Section]) -> Html:
+    links = [tag("li", tag("a", both(s.title), href=f"#{s.id}")) for s in sections]
+    return tag("nav", tag("ol", links), aria_label="目录 / Contents")
+
+
+# ---- the headline
+
+
+def _title(report: DataReport) -> str:
+    names = ", ".join(_file_name(name) for name, _ in report.files[:3])
+    return shorten(report.title or names or "pingjia", 80)
+
+
+def _file_name(name: str) -> str:
+    return name.rsplit("/", 1)[-1]
+
+
+def _header(report: DataReport) -> Html:
+    brand = tag("p", "pingjia · ", both(("数据报告", "data report")), class_="brand")
+    parts = [tag("h1", user(_title(report))), _about(report), _verdict(report), _tiles(report), _remarks(report)]
+    return tag("header", _languages(), brand, parts)
+
+
+def _languages() -> Html:
+    """A choice that works without script too."""
+    choices = [("zh", "中文", "zh-CN"), ("en", "English", "en"), ("zh-en", "中 / EN", None)]
+    radios = [
+        tag("label", tag("input", type="radio", name="language", id=key, checked=key == "zh-en"), name, lang=lang)
+        for key, name, lang in choices
     ]
-    title = escape(shorten(report.title or "pingjia", 80))
-    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-    return _PAGE.format(title=title, style=style, script=_SCRIPT, body="\n".join(filter(None, sections)))
+    return tag("fieldset", tag("legend", "语言 / Language", class_="unseen"), radios, id="language")
 
 
-# ---- small parts
+def _about(report: DataReport) -> Html:
+    told = [user(report.created[:16].replace("T", " "))] if report.created else []
+    if report.model:
+        told.append(join(both(("词元：", "Tokens of ")), user(report.model.rsplit("/", 1)[-1])))
+    return tag("p", [tag("span", one) for one in told], class_="about") if told else NOTHING
 
 
-def _both(names: tuple[str, str]) -> str:
-    return f'<span class="zh" lang="zh">{escape(names[0])}</span><span class="en" lang="en">{escape(names[1])}</span>'
-
-
-def _named(name: str, known: Mapping[str, tuple[str, str]]) -> str:
-    return _both(known[name]) if name in known else f"<span>{escape(shorten(name, 60))}</span>"
-
-
-def _section(names: tuple[str, str], content: str, *, lead: str = "") -> str:
-    lead = f'<p class="lead">{lead}</p>' if lead else ""
-    return f"<section><h2>{_both(names)}</h2>{lead}{content}</section>"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
-
-
-def _bar(share: float, kind: str = "") -> str:
-    width = max(0.0, min(1.0, share)) * 100
-    return f'<span class="bar {kind}" aria-hidden="true"><i style="width:{width:.2f}%"></i></span>'
-
-
-def _table(heads: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    head = "".join(f'<th scope="col">{_both(h)}</th>' for h in heads)
-    body = "".join(
-        "<tr>" + f'<th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
-
-
-# ---- sections
-
-
-def _headline(report: DataReport) -> str:
-    total = report.num_rows + report.num_made
-    kept = report.num_kept / total if total else 0.0
-    cards = [
-        (("读入", "rows read"), _number(report.num_rows), ""),
-        (("保留", "kept"), _number(report.num_kept), f"{kept:.1%}"),
-        (("舍去", "left out"), _number(report.num_rejected), ""),
-        (("写出", "written"), _number(report.num_written), ""),
-        (("中文占比", "Chinese letters"), _percent(report.zh_after), _wanted(report)),
-    ]
-    if report.num_made:
-        cards.insert(3, (("增广", "made"), _number(report.num_made), ""))
-    items = "".join(
-        f'<li><span class="what">{_both(names)}</span><strong>{value}</strong><small>{small}</small></li>'
-        for names, value, small in cards
-    )
-    return (
-        f'<header><div class="brand">pingjia · {_both(("数据报告", "data report"))}</div>'
-        '<button type="button" id="language" aria-label="中文 / English">中文 / EN</button>'
-        f"<h1>{escape(shorten(report.title or 'pingjia', 80))}</h1>"
-        f'<p class="lead">{escape(report.created[:16].replace("T", " "))} UTC</p>'
-        f'<ul class="cards">{items}</ul></header>'
-    )
-
-
-def _wanted(report: DataReport) -> str:
-    if report.min_zh_share is None:
-        return ""
-    return _both((f"要求 ≥ {report.min_zh_share:.0%}", f"wanted ≥ {report.min_zh_share:.0%}"))
-
-
-def _funnel(stages: Sequence[Stage]) -> str:
-    if not stages:
-        return ""
-    most = max((max(s.num_in, s.num_out) for s in stages), default=1) or 1
-    rows = [
-        (
-            _named(s.name, _STAGES),
-            _bar(s.num_out / most),
-            _number(s.num_out),
-            f'<span class="{"more" if s.num_out > s.num_in else "less"}">{s.num_out - s.num_in:+,}</span>'
-            if s.num_out != s.num_in
-            else "",
-        )
-        for s in stages
-    ]
-    heads = [("阶段", "stage"), ("", ""), ("剩余", "left"), ("变化", "change")]
-    return _section(("从读入到写出", "From file to training set"), _table(heads, rows, "bars"))
-
-
-def _lengths(report: DataReport) -> str:
-    if report.lengths is None or not report.lengths.num:
-        return ""
-    h = report.lengths
-    quantiles = [(f"{int(q * 100)} %", h.quantile(q)) for q in (0.5, 0.9, 0.99)]
-    told = " · ".join(f"{name}: <b>{_number(value or 0)}</b>" for name, value in quantiles)
-    told += f" · {_both(('最长', 'longest'))}: <b>{_number(h.high or 0)}</b>"
-    lead = _both(
-        (
-            f"以 {report.model} 的词元计，上限 {report.cutoff_len:,}",
-            f"in tokens of {report.model}, limit {report.cutoff_len:,}",
-        )
-    )
-    return _section(("长度", "Length"), _chart(h, report.cutoff_len, ("词元", "tokens")) + f"<p>{told}</p>", lead=lead)
-
-
-_WIDTH, _HEIGHT, _FOOT = 720, 180, 26
-
-
-def _chart(h: Histogram, mark: float | None, unit: tuple[str, str]) -> str:
-    """Bars of a histogram, and a line at `mark`."""
-    last = max((i for i, count in enumerate(h.counts) if count), default=0)
-    first = min((i for i, count in enumerate(h.counts) if count), default=0)
-    if mark is not None:
-        above = next((i for i, edge in enumerate(h.edges[1:]) if edge >= mark), last)
-        last, first = max(last, above), min(first, above)
-    counts, edges = h.counts[first : last + 1], h.edges[first : last + 2]
-    most, step = max(counts, default=0) or 1, _WIDTH / max(1, len(counts))
-    bars = "".join(
-        f'<rect x="{i * step + 0.5:.1f}" y="{_HEIGHT * (1 - count / most):.1f}" width="{max(step - 1, 0.5):.1f}" '
-        f'height="{_HEIGHT * count / most:.1f}"><title>{edges[i]:g}–{edges[i + 1]:g}: {count:,}</title></rect>'
-        for i, count in enumerate(counts)
+def _verdict(report: DataReport) -> Html:
+    """The one thing to know, in a sentence and a bar."""
+    if not report.num_rows:
+        return NOTHING
+    total = report.num_kept + report.num_rejected + report.num_other_domains or 1
+    parts = [("solid", report.num_kept), ("bad", report.num_rejected), ("other", report.num_other_domains)]
+    shown = percent(report.num_kept / total)
+    label = (f"保留 {shown}", f"{shown} kept")
+    words = ("保留", "kept"), ("舍去", "left out"), ("其他领域，未用", "other domains, not used")
+    keys = [
+        tag("li", tag("i", class_=f"dot {kind}"), both(word), " ", num(count))
+        for (kind, count), word in zip(parts, words, strict=True)
         if count
-    )
-    line = ""
-    if mark is not None and edges[0] <= mark <= edges[-1]:
-        x = _place(mark, edges, step)
-        line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{_HEIGHT}"/>'
-    ticks = "".join(_tick(edges, i, step) for i in range(0, len(edges) - 1, max(1, len(edges) // 6)))
-    label = escape(f"{unit[0]} / {unit[1]}: {h.num:,}, max {most:,}")
-    return (
-        f'<svg class="chart" role="img" aria-label="{label}" viewBox="0 0 {_WIDTH} {_HEIGHT + _FOOT}" '
-        f'preserveAspectRatio="none"><g class="bars">{bars}</g><g class="mark">{line}</g></svg>'
-        f'<div class="ticks" aria-hidden="true">{ticks}</div>'
-    )
+    ]
+    picture = bar([(kind, count / total) for kind, count in parts], label, height=14)
+    return tag("div", picture, tag("ul", keys, class_="keys"), class_="verdict")
 
 
-def _place(value: float, edges: Sequence[float], step: float) -> float:
-    for i in range(len(edges) - 1):
-        if edges[i] <= value <= edges[i + 1]:
-            return (i + (value - edges[i]) / (edges[i + 1] - edges[i])) * step
-    return 0.0
+def _tiles(report: DataReport) -> Html:
+    total = report.num_rows + report.num_made
+    kept = share(report.num_kept / total) if total else NOTHING
+    tiles = [
+        _tile(("读入", "Rows read"), num(report.num_rows)),
+        _tile(("保留", "Kept"), num(report.num_kept), kept, "good"),
+        _tile(("舍去", "Left out"), num(report.num_rejected), kind="poor"),
+    ]
+    if report.num_changed:
+        tiles.append(_tile(("改动", "Changed"), num(report.num_changed)))
+    if report.num_made:
+        tiles.append(_tile(("新造", "Made"), num(report.num_made)))
+    tiles.append(_tile(("写出", "Written"), num(report.num_written), both(("重复计入", "repeats counted"))))
+    tiles.append(_chinese_tile(report))
+    return tag("dl", tiles, class_="tiles")
 
 
-def _tick(edges: Sequence[float], index: int, step: float) -> str:
-    return f'<span style="left:{index * step / _WIDTH * 100:.2f}%">{edges[index]:g}</span>'
+def _tile(words: Words, value: Html, small: Html = NOTHING, kind: str | None = None) -> Html:
+    note = tag("dd", small, class_="small") if small else NOTHING
+    return tag("div", tag("dt", both(words)), tag("dd", value, class_="big"), note, class_=kind)
 
 
-def _shares(names: tuple[str, str], shares: Sequence[Share], report: DataReport | None) -> str:
-    if not shares or (report is None and len(shares) == 1 and shares[0].name == "-"):
-        return ""
-    before, after = sum(s.num_before for s in shares) or 1, sum(s.num_after * s.weight for s in shares) or 1
-    weighted = any(s.weight != 1 for s in shares)
-    rows = []
-    for s in sorted(shares, key=lambda s: -s.num_before)[:40]:
-        cells = [
-            escape(shorten(s.name, 40)) if s.name != "-" else _both(("无", "none")),
-            f"{_number(s.num_before)} <small>{s.num_before / before:.1%}</small>",
-            f"{_number(s.num_after)} <small>{s.num_after * s.weight / after:.1%}</small>",
-            _bar(s.num_before / before, "before") + _bar(s.num_after * s.weight / after),
-        ]
-        rows.append([*cells, f"×{s.weight:.2f}"] if weighted else cells)
-    heads = [names, ("之前", "before"), ("之后", "after"), ("", "")]
-    lead = ""
-    if report is not None and report.zh_after is not None:
-        lead = _both(
-            (
-                f"汉字占全部字母文字的 {_percent(report.zh_before)}，整理后为 {_percent(report.zh_after)}",
-                f"Chinese characters among the letters: {_percent(report.zh_before)}, then {_percent(report.zh_after)}",
-            )
+def _chinese_tile(report: DataReport) -> Html:
+    least = report.min_zh_share
+    wanted = both((f"要求 ≥ {least:.0%}", f"wanted ≥ {least:.0%}")) if least is not None else NOTHING
+    return _tile(("中文占比", "Chinese"), share(report.zh_after, least), wanted)
+
+
+def _remarks(report: DataReport) -> Html:
+    found = remarks(report)
+    if not found:
+        return NOTHING
+    items = [tag("li", both(words)) for words in found]
+    return tag("aside", tag("h2", both(("值得一看", "Worth a look"))), tag("ul", items), class_="remarks")
+
+
+# ---- where it comes from
+
+
+def _sources(report: DataReport) -> Html:
+    speed = report.num_rows / report.seconds if report.seconds else 0.0
+    took = tag("p", _took(report.seconds, speed)) if report.seconds else NOTHING
+    return join(_files(report), _settings(report.settings), _notes(report.notes), took)
+
+
+def _took(seconds: float, speed: float) -> Html:
+    return both(
+        (
+            ["用时 ", num(seconds, 1), f" 秒，每秒 {speed:,.0f} 行。"],
+            ["Took ", num(seconds, 1), f" s, {speed:,.0f} rows/s."],
         )
-    return _section(names, _table([*heads, ("权重", "weight")] if weighted else heads, rows, "bars"), lead=lead)
-
-
-def _quality(quality: Mapping[str, Scores]) -> str:
-    parts = [
-        f"<h3>{_named(name, _COMPARED)}</h3>{_chart(s.histogram, s.threshold, ('F1', 'F1'))}<p>{_compared(s)}</p>"
-        for name, s in quality.items()
-    ]
-    return _section(("BERTScore", "BERTScore"), "".join(parts)) if parts else ""
-
-
-def _compared(scores: Scores) -> str:
-    num, below, limit = scores.histogram.num, scores.num_below, scores.threshold
-    return _both((f"比较 {num:,} 条，低于 {limit:g} 的 {below:,} 条", f"{num:,} compared, {below:,} below {limit:g}"))
-
-
-def _rules(names: tuple[str, str], rules: Mapping[str, Rule], file: str) -> str:
-    if not rules:
-        return ""
-    most = max(rule.count for rule in rules.values()) or 1
-    ordered = sorted(rules.items(), key=lambda item: -item[1].count)
-    parts = "".join(
-        f"<details><summary>{_named(name, _RULES)}{_bar(rule.count / most, 'bad')}"
-        f"<b>{_number(rule.count)}</b></summary>"
-        f"<ol>{''.join(_sample(s.where, s.reason, s.text) for s in rule.samples)}</ol></details>"
-        for name, rule in ordered
-    )
-    lead = _both((f"逐行的原因在 {file} 中", f"every row and its reason: {file}"))
-    return _section(names, f'<div class="rules">{parts}</div>', lead=lead)
-
-
-def _sample(where: str, reason: str, text: str) -> str:
-    return (
-        f"<li><code>{escape(shorten(where, 120))}</code> {escape(shorten(reason, 200))}"
-        f"<blockquote>{escape(shorten(text))}</blockquote></li>"
     )
 
 
-def _personal(report: DataReport) -> str:
-    if not report.personal:
-        return ""
-    rows = [(_named(kind, _KINDS), _number(count)) for kind, count in sorted(report.personal.items())]
-    action = str(report.settings.get("personal", {}).get("action", ""))
-    done = {
-        "mask": ("已遮盖", "masked"),
-        "drop": ("相应的行已舍去", "their rows were left out"),
-        "report": ("只报告，数据仍在训练集中", "reported only: it is still in the training set"),
-    }
-    lead = _both(done[action]) if action in done else ""
-    return _section(("个人信息", "Personal data"), _table([("种类", "kind"), ("数量", "count")], rows), lead=lead)
+def _files(report: DataReport) -> Html:
+    rows = [(user(name, 120), num(size)) for name, size in report.files[:_MAX_FILES]]
+    heads = [both(("文件", "File")), both(("字节", "Bytes"))]
+    more = len(report.files) - _MAX_FILES
+    rest = tag("p", both((f"另有 {more:,} 个文件。", f"And {more:,} more files."))) if more > 0 else NOTHING
+    return join(table(heads, rows, ("文件", "Files"), "plain"), rest) if rows else NOTHING
 
 
-def _augmentation(report: DataReport) -> str:
-    if not report.made and not report.refused:
-        return ""
-    rows = [(escape(name), _number(count)) for name, count in report.made.items()]
-    rows += [
-        (_both(("未采用：", "not made: ")) + escape(name), _number(count)) for name, count in report.refused.items()
-    ]
-    pairs = "".join(
-        f"<li>{escape(shorten(old, 160))}<br>→ {escape(shorten(new, 160))}</li>" for old, new in report.made_samples[:5]
-    )
-    return _section(
-        ("增广", "Augmentation"), _table([("方式", "by"), ("数量", "count")], rows) + f'<ul class="pairs">{pairs}</ul>'
-    )
+def _settings(settings: Mapping[str, Any]) -> Html:
+    rows = [(user(key), user(str(value), 120)) for key, value in _flat(settings)][:_MAX_SETTINGS]
+    if not rows:
+        return NOTHING
+    heads = [both(("设置", "Setting")), both(("值", "Value"))]
+    inside = table(heads, rows, ("设置", "Settings"), "plain")
+    return tag("details", tag("summary", both(("全部设置", "All settings"))), inside)
 
 
-def _examples(examples: Sequence[Sequence[Piece]]) -> str:
-    if not examples:
-        return ""
-    blocks = "".join(f'<pre class="example">{"".join(map(_piece, pieces))}</pre>' for pieces in examples[:3])
-    lead = _both(("模型实际读到的样子；绿色部分计入损失", "as the model reads it; the loss is taken on what is green"))
-    return _section(("样例", "Examples"), blocks, lead=lead)
+def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value and before.count(".") < 4:
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
 
 
-def _piece(piece: Piece) -> str:
-    kind = " ".join(k for k, on in (("learnt", piece.learnt), ("special", piece.special)) if on)
-    text = escape(shorten(piece.text, 1500)).replace("\n", '<i class="newline">↵</i>\n')
-    return f'<span class="{kind}">{text}</span>' if kind else f"<span>{text}</span>"
+def _notes(notes: list[str]) -> Html:
+    if not notes:
+        return NOTHING
+    items = [tag("li", user(note, 240)) for note in notes[:_MAX_NOTES]]
+    words = tag("summary", both(("读取时的备注", "Notes from reading")), " ", num(len(notes)))
+    return tag("details", words, tag("ul", items, class_="notes"))
 
 
-def _details(report: DataReport) -> str:
-    rows = [(escape(shorten(name, 120)), f"{size:,}") for name, size in report.files[:50]]
-    speed = report.num_rows / report.seconds if report.seconds else 0
-    took = _both(
-        (f"用时 {report.seconds:.1f} 秒，每秒 {speed:,.0f} 行", f"took {report.seconds:.1f} s, {speed:,.0f} rows/s")
-    )
-    notes = "".join(f"<li>{escape(shorten(note, 200))}</li>" for note in report.notes[:50])
-    return _section(
-        ("来源", "Sources"),
-        _table([("文件", "file"), ("字节", "bytes")], rows) + (f"<ul>{notes}</ul>" if notes else "") + f"<p>{took}</p>",
-    )
-
-
-_SCRIPT = """
-(function () {
-  var root = document.documentElement;
-  function set(lang) { root.className = lang; root.lang = lang; }
-  set((navigator.language || "zh").toLowerCase().indexOf("zh") === 0 ? "zh" : "en");
-  document.getElementById("language").addEventListener("click", function () {
-    set(root.className === "zh" ? "en" : "zh");
-  });
-})();
-"""
-
-_PAGE = """<!doctype html>
-<html>
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title} · pingjia</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-<script>{script}</script>
-</body>
-</html>
-"""
+_SOURCES = Section("sources", ("来源与用时", "Sources and time"), _sources)

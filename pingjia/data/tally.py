@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,14 +16,14 @@ from pingjia.data.files import resolve
 from pingjia.data.histogram import Histogram
 from pingjia.data.layouts import parse_row
 from pingjia.data.parts import Line
-from pingjia.data.personal import mask
+from pingjia.data.personal import mask, mask_row
 from pingjia.data.problems import Finding, Problem
-from pingjia.data.report import MAX_SAMPLES, DataReport, Rule, Sample, Share, Stage, render_example, shorten
+from pingjia.data.rendered import render_example
+from pingjia.data.report import MAX_SAMPLES, DataReport, Rule, Sample, Share, Stage, shorten
 from pingjia.data.settings import DataSettings, PrepareSettings
 from pingjia.data.table import Table
 from pingjia.data.verdicts import Verdicts
 
-_NUM_BINS = 48
 _NUM_EXAMPLES = 3
 
 
@@ -90,20 +91,21 @@ class Tally:
         columns, alive = table.columns_R, verdicts.alive()
         has_text, times = columns["chars"] > 0, np.where(alive, verdicts.times, 0)
         report = self.report
-        report.lengths = Histogram.round(report.cutoff_len, _NUM_BINS)
+        report.lengths = Histogram.whole(report.cutoff_len)
         report.lengths.add(columns["tokens"][alive])
         report.zh_before = _zh_share(columns, has_text.astype(np.int64))
         report.zh_after = _zh_share(columns, times)
         languages = np.char.decode(columns["lang"])
-        report.languages = _shares(languages, has_text, times, np.ones(len(times)))
-        report.domains = _shares(table.domain_names().astype(str), has_text, times, verdicts.weight)
+        chars = columns["chars"].astype(np.int64)
+        report.languages = _shares(languages, chars, times, np.ones(len(times)))
+        domains = _shares(table.domain_names().astype(str), chars, times, verdicts.weight)
+        report.domains = _with_wanted(domains, report.settings["domains"]["target"])
 
     def example(self, line: Line, tokenizer: Tokenizer) -> None:
         """Show a kept row as the model reads it, if few are shown yet."""
         if len(self.report.examples) >= _NUM_EXAMPLES or not isinstance(line.row, dict):
             return
-        row = json.loads(mask(json.dumps(line.row, ensure_ascii=False))[0])
-        example = parse_row(row, line.where).example
+        example = parse_row(mask_row(line.row), line.where).example
         encoded = encode_example(example, tokenizer, None) if example is not None else None
         if encoded is not None and not isinstance(encoded, Problem):
             self.report.examples.append(render_example(encoded, tokenizer))
@@ -128,18 +130,29 @@ def _zh_share(columns: np.ndarray, times: np.ndarray) -> float | None:
     return int((columns["han"] * times).sum()) / letters if letters else None
 
 
-def _shares(names: np.ndarray, before: np.ndarray, times: np.ndarray, weight: np.ndarray) -> list[Share]:
+def _shares(names: np.ndarray, chars: np.ndarray, times: np.ndarray, weight: np.ndarray) -> list[Share]:
+    """A row for each name, the largest first. Records without text are no rows: nothing could be read of them."""
     found = []
-    for name in np.unique(names[before]):
-        mine = names == name
-        kept = times[mine] > 0
-        weights = weight[mine][kept]
+    for name in np.unique(names[chars > 0]):
+        mine = (names == name) & (chars > 0)
+        weights = weight[mine][times[mine] > 0]
         found.append(
             Share(
-                str(name),
-                int((mine & before).sum()),
-                int(times[mine].sum()),
-                round(float(weights[0]), 6) if len(weights) else 1.0,
+                name=str(name),
+                num_before=int(mine.sum()),
+                num_after=int(times[mine].sum()),
+                weight=round(float(weights[0]), 6) if len(weights) else 1.0,
+                chars_before=int(chars[mine].sum()),
+                chars_after=int((chars * times)[mine].sum()),
             )
         )
     return sorted(found, key=lambda share: -share.num_before)
+
+
+def _with_wanted(shares: list[Share], target: str | dict[str, float] | None) -> list[Share]:
+    """The shares that were asked for, beside those that came of it."""
+    if target is None:
+        return shares
+    there = sum(s.num_after > 0 for s in shares) or 1
+    wanted = target if isinstance(target, dict) else {s.name: 1 / there for s in shares if s.num_after}
+    return [replace(s, wanted=wanted.get(s.name, 0.0)) for s in shares]
