@@ -1,4 +1,4 @@
-"""Old rows between new ones: every new row once an epoch, old ones in turn, evenly spread, the same on every machine."""
+"""Old rows between new ones: every new row once an epoch, old ones in turn, evenly spread."""
 
 from __future__ import annotations
 
