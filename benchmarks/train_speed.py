@@ -9,9 +9,9 @@ with their default settings: padding to the longest row of a batch, logits of ev
 bfloat16, whose backward pass takes 200 times as long on this CPU, and gradient checkpointing; so it is timed with
 float32, with and without checkpointing.)
 
-Each side runs in a process of its own, in turns; medians over the repeats. Learnt tokens over the seconds
-of all updates but the first; the process's peak resident memory since the network was loaded. The held-out loss at the end is computed
-by one and the same code on every side's adapter. The last line is JSON.
+Each side runs in a process of its own, in turns; medians over the repeats. Learnt tokens over the seconds of all but
+the first update; the peak is resident memory since the network was loaded. The held-out loss at the end is computed by
+one and the same code on every side's adapter. The last line is JSON. A busy machine: OMP_NUM_THREADS=1.
 Needs `pip install 'pingjia[model,bench]'` with constraints.txt.
 """
 
