@@ -17,7 +17,10 @@ from pingjia.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from pingjia.evaluate import Comparison, EvalReport, EvalSettings
+    from pingjia.models import Encoder
     from pingjia.types import Example, Generator
+
+MOSTLY_KNOWN = 0.25  # unknown tokens beyond this share make a score doubtful
 
 
 def evaluate(
@@ -54,6 +57,7 @@ def compare_recipe(recipe: Recipe) -> Comparison:
     from pingjia.meter import Meter
 
     settings, questions = _questions(recipe)
+    encoder = _encoder(recipe, settings, questions)
     ledger, run = Ledger(ledger_path(recipe)), Path(recipe.tune.output_dir).name
     folder = report_dir(recipe)
     reports: list[EvalReport] = []
@@ -70,7 +74,7 @@ def compare_recipe(recipe: Recipe) -> Comparison:
     loading_s = loading.seconds
     for name, adapter in (("before", None), ("after", engine.models()[-1].id)):
         with Meter() as meter:
-            report = _ask(questions, _On(engine, adapter), settings, f"{name:<6}")
+            report = _ask(questions, _On(engine, adapter), settings, f"{name:<6}", encoder)
         report.save(folder / f"{name}.json")
         fact = report.fact(f"eval.{name}", run=run)
         ledger.append(_with_time(fact, meter.seconds + loading_s, meter.peak_bytes))
@@ -120,16 +124,38 @@ def _evaluate_endpoint(recipe: Recipe, url: str, model: str | None) -> EvalRepor
     if model is None:
         raise RecipeError("--endpoint needs --model NAME (as listed at /v1/models there)")
     settings, questions = _questions(recipe)
-    return _ask(questions, Endpoint(url, model, api_key=os.environ.get("OPENAI_API_KEY")), settings, model)
+    encoder = _encoder(recipe, settings, questions)
+    return _ask(questions, Endpoint(url, model, api_key=os.environ.get("OPENAI_API_KEY")), settings, model, encoder)
 
 
-def _ask(questions: Sequence[Example], generator: Generator, settings: EvalSettings, label: str) -> EvalReport:
+def _encoder(recipe: Recipe, settings: EvalSettings, questions: Sequence[Example]) -> Encoder | None:
+    """The encoder of `bert_score`, where it is asked for. Says so when it cannot read the answers it is to compare."""
+    if "bert_score" not in settings.metrics:
+        return None
+    from pingjia.evaluate import expected_answer
+    from pingjia.models import load_encoder
+
+    encoder = load_encoder(settings.encoder, layer=settings.encoder_layer, device=recipe.model.device)
+    share = encoder.unknown_share([expected_answer(question) for question in questions])
+    if share > MOSTLY_KNOWN:
+        errors.print(
+            f"note: the encoder {settings.encoder} does not know {share:.0%} of the tokens of the expected answers, so "
+            "bert_score says little; name an encoder of their language: eval.encoder=DIRECTORY"
+        )
+    return encoder
+
+
+def _ask(
+    questions: Sequence[Example], generator: Generator, settings: EvalSettings, label: str, encoder: Encoder | None
+) -> EvalReport:
     from pingjia.evaluate import evaluate as run_evaluation
     from pingjia.evaluate import select
 
     with progress_bar(errors) as progress:  # stdout may be read as JSON
         task = progress.add_task(f"answers {label}", total=len(select(questions, settings.max_questions)), note="")
-        return run_evaluation(questions, generator, settings, on_done=lambda index, answer: progress.advance(task))
+        return run_evaluation(
+            questions, generator, settings, on_done=lambda index, answer: progress.advance(task), encoder=encoder
+        )
 
 
 def _questions(recipe: Recipe) -> tuple[EvalSettings, list[Example]]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pingjia.evaluate.facts import has_fact, missing_facts
     from pingjia.evaluate.render import save_comparison, to_html, to_markdown
     from pingjia.evaluate.report import EvalReport, Group, Row, Score
-    from pingjia.evaluate.run import evaluate, select
+    from pingjia.evaluate.run import evaluate, expected_answer, select
     from pingjia.evaluate.settings import METRICS, EvalSettings
 
 _HOMES = {
@@ -21,7 +21,7 @@ _HOMES = {
     "facts": ("has_fact", "missing_facts"),
     "render": ("save_comparison", "to_html", "to_markdown"),
     "report": ("EvalReport", "Group", "Row", "Score"),
-    "run": ("evaluate", "select"),
+    "run": ("evaluate", "expected_answer", "select"),
     "settings": ("METRICS", "EvalSettings"),
 }
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Score",
     "compare",
     "evaluate",
+    "expected_answer",
     "has_fact",
     "missing_facts",
     "save_comparison",

@@ -116,7 +116,7 @@ def _check_comparable(before: EvalReport, after: EvalReport) -> None:
                 f"question {i} differs: {old.where or old.prompt!r} before, {new.where or new.prompt!r} after; "
                 "prompt, expected answer and facts must be equal: evaluate both on the same files"
             )
-    for name in ("metrics", "max_tokens"):
+    for name in ("metrics", "max_tokens", "encoder"):
         old_value, new_value = getattr(before, name), getattr(after, name)
         if old_value != new_value:
             raise DataError(f"the reports used different {name}: {old_value} before, {new_value} after; use one")

@@ -1,6 +1,7 @@
 """ROUGE-1/2/L and BLEU-4 over tokens, and the table of everything an answer can be scored by. Scores are 0 to 1.
 
-Facts have their own file (`facts.py`): they compare characters, not tokens.
+Facts have their own file (`facts.py`): they compare characters, not tokens. BERTScore's arithmetic is the base's
+(`similarity.py`); its encoder is brought by the caller.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import cached_property, partial
 
 from pingjia.evaluate.facts import missing_facts
 from pingjia.evaluate.tokens import tokenise
+from pingjia.similarity import TextEncoder, bert_scores
 
 Tokens = Sequence[str]
 
@@ -114,9 +116,22 @@ SCORERS: dict[str, Callable[[Pair], float | None]] = {
     "exact_facts": _exact_facts,
     "fact_share": _fact_share,
 }
+BERT_SCORE = "bert_score"  # not among SCORERS: an encoder takes many answers at once
 
 
 def score(pair: Pair, metrics: Sequence[str]) -> dict[str, float]:
-    """The scores of one answer. A metric that does not apply (no facts, no text) is left out."""
-    found = ((name, SCORERS[name](pair)) for name in metrics)
+    """The scores of one answer by SCORERS. A metric that does not apply (no facts, no text) is left out."""
+    found = ((name, SCORERS[name](pair)) for name in metrics if name in SCORERS)
     return {name: value for name, value in found if value is not None}
+
+
+def score_all(pairs: Sequence[Pair], metrics: Sequence[str], encoder: TextEncoder | None) -> list[dict[str, float]]:
+    """The scores of every answer. `encoder` is needed where BERT_SCORE is among the metrics, and not used elsewhere."""
+    scores = [score(pair, metrics) for pair in pairs]
+    if BERT_SCORE in metrics:
+        assert encoder is not None
+        texts = [i for i, pair in enumerate(pairs) if pair.expected.strip()]
+        found = bert_scores([(pairs[i].answer, pairs[i].expected) for i in texts], encoder)
+        for i, bert in zip(texts, found, strict=True):
+            scores[i][BERT_SCORE] = min(1.0, max(0.0, bert.f1))  # cosines may be negative, and 1.0000001
+    return scores

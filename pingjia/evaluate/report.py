@@ -65,7 +65,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class EvalReport:
-    """Rows in question order and their summaries: overall, per domain, per language. Build it with `of`."""
+    """Rows in question order and their summaries: overall, per domain, per language. Build it with `of`.
+
+    `encoder`: what `bert_score` compared with; empty without that metric.
+    """
 
     rows: tuple[Row, ...]
     metrics: tuple[str, ...]
@@ -74,9 +77,12 @@ class EvalReport:
     overall: Group
     domains: dict[str, Group]
     languages: dict[str, Group]
+    encoder: str = ""
 
     @classmethod
-    def of(cls, rows: Iterable[Row], metrics: Sequence[str], *, max_tokens: int, seconds: float) -> EvalReport:
+    def of(
+        cls, rows: Iterable[Row], metrics: Sequence[str], *, max_tokens: int, seconds: float, encoder: str = ""
+    ) -> EvalReport:
         """Summarise the rows. Raises DataError without any."""
         rows = tuple(rows)
         if not rows:
@@ -89,6 +95,7 @@ class EvalReport:
             overall=_summary(rows, metrics),
             domains={name: _summary(some, metrics) for name, some in by_domain(rows).items()},
             languages={name: _summary(some, metrics) for name, some in by_language(rows).items()},
+            encoder=encoder,
         )
 
     def fact(self, kind: str, *, run: str = "") -> Fact:
@@ -137,7 +144,8 @@ class EvalReport:
                 raise DataError(f"{path}: report version {raw['v']!r}; this pingjia reads {VERSION}: evaluate again")
             _check_metrics(raw["metrics"])
             rows = [_row(item) for item in raw["rows"]]
-            return cls.of(rows, raw["metrics"], max_tokens=int(raw["max_tokens"]), seconds=float(raw["seconds"]))
+            encoder, max_tokens, seconds = raw.get("encoder", ""), int(raw["max_tokens"]), float(raw["seconds"])
+            return cls.of(rows, raw["metrics"], max_tokens=max_tokens, seconds=seconds, encoder=str(encoder))
         except OSError as e:
             raise DataError(f"{path}: report cannot be read: {e.strerror or e}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RequestError) as e:

@@ -6,11 +6,12 @@ import re
 import time
 from collections.abc import Callable, Sequence
 
-from pingjia.errors import DataError
+from pingjia.errors import DataError, RecipeError
 from pingjia.evaluate.facts import is_blank
-from pingjia.evaluate.metrics import Pair, score
+from pingjia.evaluate.metrics import BERT_SCORE, Pair, score_all
 from pingjia.evaluate.report import EvalReport, Row
 from pingjia.evaluate.settings import EvalSettings
+from pingjia.similarity import TextEncoder
 from pingjia.types import Completion, Example, Generator, Sampling
 
 OnDone = Callable[[int, Completion], None]
@@ -20,23 +21,36 @@ _WORD = re.compile(r"[A-Za-z]+")
 
 
 def evaluate(
-    questions: Sequence[Example], generator: Generator, settings: EvalSettings, *, on_done: OnDone | None = None
+    questions: Sequence[Example],
+    generator: Generator,
+    settings: EvalSettings,
+    *,
+    on_done: OnDone | None = None,
+    encoder: TextEncoder | None = None,
 ) -> EvalReport:
     """Answer the questions greedily and score the answers against what they expect.
 
     `on_done(index, completion)` is called as each answer ends; `index` counts the questions that are asked, which are
     `select(questions, settings.max_questions)`. An answer cut at max_tokens is scored as it is and counted as cut.
-    Raises DataError, before anything is generated, for no questions or one that cannot be asked or scored.
+    `encoder` is needed for the metric `bert_score` (pingjia.models.load_encoder), and used for nothing else.
+    Raises DataError, before anything is generated, for no questions or one that cannot be asked or scored; RecipeError
+    for `bert_score` without an encoder.
     """
     asked = select(questions, settings.max_questions)
     for question in asked:
         _check(question)
+    if BERT_SCORE in settings.metrics and encoder is None:
+        raise RecipeError("eval.metrics: bert_score needs an encoder, and none was given; give one, or leave it out")
     started = time.perf_counter()
     sampling = Sampling(max_tokens=settings.max_tokens, temperature=0.0)
     answers = generator.generate([question.prompt for question in asked], sampling, on_done=on_done)
     seconds = time.perf_counter() - started
-    rows = [_row(question, answer, settings) for question, answer in zip(asked, answers, strict=True)]
-    return EvalReport.of(rows, settings.metrics, max_tokens=settings.max_tokens, seconds=seconds)
+    pairs = [Pair(a.text, expected_answer(q), q.facts) for q, a in zip(asked, answers, strict=True)]
+    scores = score_all(pairs, settings.metrics, encoder)
+    rows = [_row(*one) for one in zip(asked, answers, pairs, scores, strict=True)]
+    return EvalReport.of(
+        rows, settings.metrics, max_tokens=settings.max_tokens, seconds=seconds, encoder=_encoder_name(settings)
+    )
 
 
 def select(questions: Sequence[Example], limit: int | None) -> list[Example]:
@@ -78,13 +92,19 @@ def _check(question: Example) -> None:
         raise DataError(f"{where}: neither an expected answer nor facts: there is nothing to score against")
 
 
-def _row(question: Example, answer: Completion, settings: EvalSettings) -> Row:
-    pair = Pair(answer.text, expected_answer(question), question.facts)
+def _encoder_name(settings: EvalSettings) -> str:
+    if BERT_SCORE not in settings.metrics:
+        return ""
+    layer = settings.encoder_layer
+    return settings.encoder if layer is None else f"{settings.encoder}, layer {layer}"
+
+
+def _row(question: Example, answer: Completion, pair: Pair, scores: dict[str, float]) -> Row:
     return Row(
         prompt=tuple(question.prompt),
         expected=pair.expected,
         answer=answer.text,
-        scores=score(pair, settings.metrics),
+        scores=scores,
         finish_reason=answer.finish_reason,
         where=question.where,
         domain=question.domain,

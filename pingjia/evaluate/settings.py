@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from pingjia.recipe import Section, near_miss
 
-METRICS = ("rouge_1", "rouge_2", "rouge_l", "bleu_4", "exact_facts", "fact_share")
+METRICS = ("rouge_1", "rouge_2", "rouge_l", "bleu_4", "exact_facts", "fact_share", "bert_score")
 
 
 def _as_list(value: Any) -> Any:
@@ -23,12 +23,16 @@ class EvalSettings(Section):
 
     questions: files of questions, `samples:` names allowed; whoever reads files resolves them. One string is accepted.
     max_questions: at most so many, spread evenly over the files; None asks all.
+    encoder, encoder_layer: what `bert_score` compares with: a packaged name or a directory, and whose layer's vectors
+    (None: the last).
     """
 
     questions: Names = Field(default=[])
     max_tokens: int = Field(default=96, ge=1)
     max_questions: int | None = Field(default=None, ge=1)
     metrics: Names = Field(default=["rouge_l", "bleu_4", "exact_facts"], min_length=1)
+    encoder: str = "minilm"
+    encoder_layer: int | None = Field(default=None, ge=1)
 
     @field_validator("metrics")
     @classmethod

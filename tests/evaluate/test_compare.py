@@ -6,6 +6,7 @@ import io
 import json
 import re
 import warnings
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -108,6 +109,12 @@ def test_reports_that_cannot_be_compared(ask, scripted) -> None:
     ]:
         with pytest.raises(DataError, match=re.escape(message)):
             compare(base, other)
+
+
+def test_scores_of_two_encoders_are_not_compared() -> None:
+    ours, theirs = (replace(report_of([0.1]), encoder=name) for name in ("minilm", "minilm, layer 3"))
+    with pytest.raises(DataError, match="different encoder: minilm before, minilm, layer 3 after; use one"):
+        compare(ours, theirs)
 
 
 def test_the_dict_is_json_and_holds_both_answers(ask, scripted) -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 
 import jieba
+import numpy as np
 import pytest
 import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_chinese import Rouge
 
-from pingjia.evaluate.metrics import SCORERS, Pair, bleu_4, lcs_length, rouge_l, rouge_n, score
+from pingjia.evaluate.metrics import BERT_SCORE, SCORERS, Pair, bleu_4, lcs_length, rouge_l, rouge_n, score, score_all
 from pingjia.evaluate.settings import METRICS
 from pingjia.evaluate.tokens import normalise, tokenise
+from pingjia.similarity import Vectors, bert_scores
 
 tokens = st.lists(st.sampled_from(["保修", "36", "个月", "，", "。", "!", "hello", "world", "的", "a"]), max_size=30)
 some_tokens = tokens.filter(bool)
@@ -133,8 +136,34 @@ def test_words_that_a_program_adds_to_jieba_do_not_change_scores() -> None:
 
 
 def test_every_metric_of_the_settings_is_scored_and_no_other() -> None:
-    assert tuple(SCORERS) == METRICS
-    assert set(score(Pair("保修36个月", "保修36个月", ("36个月",)), METRICS)) == set(METRICS)
+    assert (*SCORERS, BERT_SCORE) == METRICS
+    (scores,) = score_all([Pair("保修36个月", "保修36个月", ("36个月",))], METRICS, Letters())
+    assert set(scores) == set(METRICS)
+
+
+class Letters:
+    """An encoder of characters: equal ones have equal vectors, slightly too long, as rounding makes them."""
+
+    def token_vectors(self, texts: Sequence[str]) -> list[Vectors]:
+        return [self._one(text) for text in texts]
+
+    def _one(self, text: str) -> Vectors:
+        tokens = ["[", *text, "]"]
+        vectors = np.stack([np.random.default_rng(ord(c)).normal(size=16) for c in tokens])
+        vectors *= 1.000001 / np.linalg.norm(vectors, axis=1, keepdims=True)
+        is_mark = np.array([True, *[False] * len(text), True])
+        return Vectors(tuple(map(ord, tokens)), vectors, is_mark)
+
+    def sentence_vectors(self, texts: Sequence[str]) -> np.ndarray:
+        raise NotImplementedError
+
+
+def test_bert_score_is_f1_within_0_and_1_of_the_answers_that_have_an_expected_text() -> None:
+    pairs = [Pair("36个月", "三十六个月"), Pair("36", " ", ("36",)), Pair("好", "好"), Pair("", "好")]
+    partly, none, same, empty = score_all(pairs, ["bert_score"], Letters())
+    assert partly == {"bert_score": bert_scores([("36个月", "三十六个月")], Letters())[0].f1}
+    assert 0.2 < partly["bert_score"] < 0.9
+    assert (none, same, empty) == ({}, {"bert_score": 1.0}, {"bert_score": 0.0})
 
 
 def test_metrics_that_do_not_apply_are_left_out() -> None:

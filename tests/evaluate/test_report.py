@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,15 @@ def test_saved_and_loaded_reports_are_equal(report: EvalReport, tmp_path: Path) 
     assert json.loads(path.read_text())["overall"]["scores"]["exact_facts"]["mean"] == 1.0
     assert os.listdir(path.parent) == ["before.json"]
     assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def test_the_encoder_is_kept_and_reports_from_before_there_was_one_are_read(report: EvalReport, tmp_path: Path) -> None:
+    path = replace(report, encoder="minilm, layer 3").save(tmp_path / "r.json")
+    assert EvalReport.load(path).encoder == "minilm, layer 3"
+    raw = report.to_dict()
+    del raw["encoder"]
+    path.write_text(json.dumps(raw))
+    assert EvalReport.load(path) == report
 
 
 def _umask() -> int:

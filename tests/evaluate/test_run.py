@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 
 from pingjia.errors import DataError, RecipeError
 from pingjia.evaluate import EvalSettings, evaluate, select
 from pingjia.evaluate.run import language
 from pingjia.recipe import Section, build
+from pingjia.similarity import Vectors
 from pingjia.types import Example, Message, Sampling
 
 
@@ -103,6 +107,35 @@ def test_a_question_that_cannot_be_scored_stops_before_generating(ask, scripted,
     assert generator.prompts == []
 
 
+class OneWord:
+    """An encoder to which all texts are one and the same word."""
+
+    def token_vectors(self, texts: Sequence[str]) -> list[Vectors]:
+        return [Vectors((1,), np.ones((1, 1), np.float32), np.array([False])) for _ in texts]
+
+    def sentence_vectors(self, texts: Sequence[str]) -> np.ndarray:
+        raise NotImplementedError
+
+
+def test_bert_score_asks_the_encoder_it_is_given(ask, scripted) -> None:
+    settings = EvalSettings(metrics=["bert_score", "rouge_l"], encoder="models/x", encoder_layer=8)
+    report = evaluate([ask("q", "a")], scripted(["b"]), settings, encoder=OneWord())
+    assert report.rows[0].scores == {"bert_score": 1.0, "rouge_l": 0.0}
+    assert report.encoder == "models/x, layer 8"
+    assert report.lines()[0].startswith("overall: 1 questions, bert_score 100.0")
+
+
+def test_bert_score_without_an_encoder_stops_before_generating(ask, scripted) -> None:
+    generator = scripted(["a"])
+    with pytest.raises(RecipeError, match="bert_score needs an encoder"):
+        evaluate([ask("q", "a")], generator, EvalSettings(metrics=["bert_score"]))
+    assert generator.prompts == []
+
+
+def test_other_metrics_name_no_encoder(ask, scripted) -> None:
+    assert evaluate([ask("q", "a")], scripted(["a"]), EvalSettings()).encoder == ""
+
+
 def test_no_questions(scripted) -> None:
     with pytest.raises(DataError, match="no questions"):
         evaluate([], scripted([]), EvalSettings())
@@ -127,6 +160,7 @@ class Wrapper(Section):
         ({"metrics": []}, "at least 1 item"),
         ({"metrics": ["rouge_l", "rouge_l"]}, "named twice"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"encoder_layer": 0}, "encoder_layer"),
         ({"max_question": 3}, "max_question: unknown key"),
     ],
 )
