@@ -1,8 +1,8 @@
 """The processes of one run: how they share the network, add up what they learnt, and agree.
 
-A run in one process is `Alone`. `Fsdp2` and `Zero3` keep about one n-th of the network in each of n processes. In all
-three an update has the same rows and the same loss: the mean over every learnt token of the update, wherever it was
-computed. Starting the processes is launch.py's.
+A run in one process is `Alone`. `Fsdp2`, and `Zero3` in zero3.py, keep about one n-th of the network in each of n
+processes. In all three an update has the same rows and the same loss: the mean over every learnt token of the update,
+wherever it was computed. Starting the processes is launch.py's.
 
 The adapter is whole in every process under FSDP2: it is a hundredth of the network, and so phases, ranks, checkpoints
 and the optimizer are those of a run in one process. DeepSpeed shares it out with the rest; it is gathered for saving.
@@ -11,13 +11,11 @@ and the optimizer are those of a run in one process. DeepSpeed shares it out wit
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -113,7 +111,7 @@ class Alone:
 ALONE = Alone(torch.device("cpu"))
 
 
-class _Together(Alone):
+class Together(Alone):
     """What FSDP2 and ZeRO-3 share."""
 
     def __init__(self, device: torch.device) -> None:
@@ -158,7 +156,7 @@ class _Together(Alone):
         dist.destroy_process_group()
 
 
-class Fsdp2(_Together):
+class Fsdp2(Together):
     """torch's `fully_shard`: what does not learn is shared out, layer by layer. Not accelerate's FSDP plugin, which
     quietly becomes DDP on a CPU."""
 
@@ -205,42 +203,6 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-# ---- DeepSpeed
-
-
-def deepspeed_config(settings: TuneSettings) -> dict[str, Any]:
-    """The JSON for ZeRO-3 with the recipe's numbers put where it says "auto"."""
-    file = settings.distributed.deepspeed_config
-    path = Path(file) if file else Path(__file__).with_name("zero3.json")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise TrainingError(f"distributed.deepspeed_config {path}: cannot be read: {e}") from None
-    stage = config.get("zero_optimization", {}).get("stage")
-    if stage != 3:
-        raise TrainingError(f"{path}: zero_optimization.stage is {stage}; strategy=zero3 needs 3")
-    known = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": settings.max_grad_norm}
-    for key, value in known.items():
-        if config.get(key, "auto") not in ("auto", value):
-            raise TrainingError(f'{path}: {key} is {config[key]}, the recipe says {value}; write "auto" there')
-        config[key] = value
-    return config
-
-
-class Zero3(_Together):
-    """DeepSpeed's ZeRO stage 3, built by accelerate: weights, gradients and optimizer are all shared out."""
-
-    def __init__(self, device: torch.device, config: Mapping[str, Any]) -> None:
-        super().__init__(device)
-        self._config, self._engine = dict(config), None
-
-    def prepare(self, model: Any) -> Any:
-        return model  # DeepSpeed takes network and optimizer together
-
-    def optimizer(self, model: Any, groups: list[dict[str, Any]], weight_decay: float) -> Any:
-        raise NotImplementedError
-
-
 def require_possible(settings: TuneSettings) -> None:
     """Refuse what several processes cannot do, before anything is loaded."""
     strategy = settings.distributed.strategy
@@ -271,11 +233,12 @@ def _require_for_zero3(settings: TuneSettings) -> None:
     for key, is_set in (
         ("phases", settings.phases),
         ("shrink_lora_rank_to", settings.shrink_lora_rank_to),
+        ("lora_l2", settings.lora_l2),
     ):
         if is_set:
             raise TrainingError(
-                f"{key}: DeepSpeed cannot open, close or resize parameters once it holds them; use "
-                "distributed.strategy=fsdp2"
+                f"{key}: DeepSpeed holds every parameter in pieces and does not let it be opened, closed, resized or "
+                "looked at in the loss; use distributed.strategy=fsdp2"
             )
 
 
@@ -300,6 +263,8 @@ def _join(settings: TuneSettings, device: torch.device) -> Alone:
     dist.init_process_group(collective_backend(device), timeout=timedelta(seconds=wanted.timeout_s))
     if wanted.strategy == "fsdp2":
         return Fsdp2(device)
+    from pingjia.tune.zero3 import Zero3, deepspeed_config
+
     return Zero3(device, deepspeed_config(settings))
 
 

@@ -204,7 +204,8 @@ class _Phase:
             self._frozen = frozen_digest(self.run.model)
         self._eval_batches = _batches(self.run, self.run.eval_rows)
         first = self._first()
-        self._has_moved = MovedCheck(self.run.model) if first < MOVED_AFTER_STEPS else None
+        with self.run.ranks.whole(self.run.model):
+            self._has_moved = MovedCheck(self.run.model) if first < MOVED_AFTER_STEPS else None
         if saved is not None:
             disk.restore_optimizer(saved, self._optimizer, self.run.ranks.rank)
             self._since_look = self._losses_since_look()
@@ -240,7 +241,8 @@ class _Phase:
             done, last = step + 1, step + 1 == plan.num_steps
             self._since_look.append(result.loss)
             if self._has_moved and done == min(first + MOVED_AFTER_STEPS, plan.num_steps) and done > 1:
-                self._has_moved(run.model)
+                with run.ranks.whole(run.model):
+                    self._has_moved(run.model)
                 self._has_moved = None
             eval_loss = self._look() if self._is_time_to_look(done, last) else None
             decided, is_over = self._decide(eval_loss)

@@ -204,5 +204,5 @@ def test_what_processes_cannot_do_is_refused(
     with pytest.raises(TrainingError, match="memory_limit_gb: several processes"):
         in_one_process(job, tmp_path / "out", memory_limit_gb=4, distributed={"strategy": "fsdp2"})
     if HAS_DEEPSPEED:
-        with pytest.raises(TrainingError, match=r"phases: DeepSpeed cannot .*strategy=fsdp2"):
+        with pytest.raises(TrainingError, match=r"phases: DeepSpeed .*strategy=fsdp2"):
             in_one_process(job, tmp_path / "out", phases=[{"target": "ffn"}], distributed={"strategy": "zero3"})
