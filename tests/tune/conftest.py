@@ -33,6 +33,7 @@ SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 2,
     "save_steps": 2,
     "seed": 7,
+    "report_to": ["none"],
 }
 
 
