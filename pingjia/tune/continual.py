@@ -146,7 +146,7 @@ class Course:
         if self.is_grown:
             wanted = s.orthogonality and grow.has_pairs(model)
             return {"orthogonality": partial(grow.orthogonality, model, s.orthogonality)} if wanted else {}
-        if self.ancestor is None:
+        if self.ancestor is None or not s.ewc:
             return {}
         parameters = ewc.adapter_parameters(model)
         rest = {name: p.detach().clone() for name, p in parameters.items()}
@@ -210,7 +210,7 @@ def _old_rows(
 ) -> tuple[Encoded, ...]:
     """Rows of earlier tasks, if any are needed. None of them asks what a probe asks."""
     s = settings.continual
-    needs_fisher = s.method == "ewc" and ancestor.fisher is None
+    needs_fisher = s.method == "ewc" and s.ewc > 0 and ancestor.fisher is None
     if not s.replay_ratio and not needs_fisher:
         return ()
     sources = [Rows(tuple(s.replay))] if s.replay else [stage.data for stage in ancestor.stages]

@@ -111,7 +111,7 @@ def as_peft(adapter: Loras, like: LoraConfig) -> tuple[dict[str, torch.Tensor], 
 def _config(adapter: Loras, like: LoraConfig) -> LoraConfig:
     config, ranks = copy.deepcopy(like), {module: lora.rank for module, lora in adapter.items()}
     alphas = {module: lora.scale * lora.rank for module, lora in adapter.items()}
-    config.target_modules, config.exclude_modules = set(adapter), None
+    config.target_modules, config.exclude_modules = sorted(adapter), None
     config.layers_to_transform = config.layers_pattern = None
     config.r, config.rank_pattern = _mostly(ranks)
     config.lora_alpha, config.alpha_pattern = _mostly(alphas)
