@@ -185,6 +185,50 @@ def test_old_ranks_that_change_stop_the_run(go_on: Train, first: Path, monkeypat
         go_on()
 
 
+PHASES = [{"target": "attention"}, {"target": "ffn", "max_steps": 2}]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"lora_target": "embedding,q_proj"},
+        {"lora_target": [], "phases": PHASES},
+        {"quantization_bit": 8},
+        {"use_rslora": True, "lora_l2": 1e-3},
+    ],
+    ids=["embedding", "phases", "packed", "rslora"],
+)
+def test_every_kind_of_run_grows(go_on: Train, first: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+    result = go_on(**changed)
+    old, both = read(first), read(result.output_dir)
+    for module, lora in old.items():
+        assert torch.equal(both[module].a_RI[: lora.rank], lora.a_RI)
+        assert torch.equal(both[module].b_OR[:, : lora.rank], lora.b_OR)
+    assert max(lora.rank for lora in both.values()) == 8
+    if "embedding" in changed.get("lora_target", []):
+        assert both["model.embed_tokens"].rank == 4
+
+
+def test_only_new_ranks_shrink(go_on: Train, first: Path, over_fitting: dict[str, Any]) -> None:
+    result = go_on(**over_fitting | {"shrink_lora_rank_to": 2, "eval_steps": 1})
+    old, both = read(first), read(result.output_dir)
+    assert {lora.rank for lora in both.values()} == {6}
+    assert all(torch.equal(both[m].a_RI[:4], old[m].a_RI) for m in old)
+
+
+def test_a_grown_adapter_is_exported(go_on: Train, tmp_path: Path, tiny_llama: Path) -> None:
+    from pingjia.chat import load_tokenizer
+    from pingjia.export.merge import merge_adapter
+
+    result = go_on(lora_target="q_proj", lora_rank=2)
+    report = merge_adapter(
+        result.output_dir, tmp_path / "merged", base=tiny_llama, save_tokenizer=load_tokenizer(tiny_llama).save
+    )
+    assert report.num_merged_modules == 21
+    adapted = PeftModel.from_pretrained(load_model(tiny_llama), result.output_dir)
+    assert torch.allclose(logits(load_model(tmp_path / "merged")), logits(adapted), atol=1e-4)
+
+
 # ---- ewc
 
 
