@@ -33,7 +33,7 @@ from pingjia.tune.settings import TuneSettings
 from pingjia.tune.step import Penalty
 from pingjia.types import Encoded, Example
 
-_SPRINGS = "springs"
+SPRINGS = "springs"  # what holds the weights of a run that is not finished
 _SHAPE = ("lora_rank", "lora_alpha", "use_rslora", "use_dora")
 
 
@@ -150,7 +150,7 @@ class Course:
             return {}
         parameters = ewc.adapter_parameters(model)
         rest = {name: p.detach().clone() for name, p in parameters.items()}
-        springs = self._springs(model, family, output_dir / _SPRINGS, fingerprint)
+        springs = self._springs(model, family, output_dir / SPRINGS, fingerprint)
         if {n: t.shape for n, t in springs.items()} != {n: t.shape for n, t in rest.items()}:
             raise TrainingError(f"{self.ancestor.path / ewc.FISHER_FILE} belongs to another adapter; delete it")
         springs = {name: tensor.to(model.device) for name, tensor in springs.items()}

@@ -21,7 +21,7 @@ from pingjia.errors import TrainingError
 from pingjia.models.family import Family
 from pingjia.tune import elastic, ewc, grow
 from pingjia.tune.checkpoint import ABOUT_FILE, ADAPTER_FILE, new_directory, write_adapter, write_bytes
-from pingjia.tune.continual import Course
+from pingjia.tune.continual import SPRINGS, Course
 from pingjia.tune.gate import Examine, Retention, RetentionError, failed, measure, refusal
 from pingjia.tune.guards import require_nonzero_adapter
 from pingjia.tune.lineage import weights_digest
@@ -175,6 +175,7 @@ def promote(candidate: Path, output_dir: Path) -> int:
     for file in files:
         os.replace(file, output_dir / file.name)
     shutil.rmtree(candidate)
+    shutil.rmtree(output_dir / SPRINGS, ignore_errors=True)
     return size
 
 
