@@ -12,11 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
 import torch
 
 from pingjia.engine.sequence import Slice
 from pingjia.models.attention import sdpa
+from pingjia.models.device import free_bytes as device_free_bytes
 
 _CGROUP_MAX = Path("/sys/fs/cgroup/memory.max")
 _CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
@@ -58,9 +58,9 @@ class ShapeProbe:
 
 def free_bytes(device: torch.device) -> int:
     """Memory that is free on `device` now; on the CPU also no more than this process's container may still take."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
+    free = device_free_bytes(device)
+    if device.type != "cpu":
+        return free
     try:
         limit = int(_CGROUP_MAX.read_text())
         return min(free, max(limit - int(_CGROUP_USED.read_text()), 0))

@@ -56,7 +56,7 @@ def _numbered(device: torch.device, index: int | None) -> torch.device:
 def _import_npu() -> None:
     """torch_npu adds the device by being imported."""
     try:
-        import torch_npu  # type: ignore[import-not-found]  # noqa: F401
+        import torch_npu  # noqa: F401
     except ImportError as e:
         raise ModelError(
             f"device=npu needs torch_npu ({str(e).splitlines()[0]}); install the release that fits torch "
@@ -124,7 +124,7 @@ def describe(device: torch.device) -> str:
 
 def free_bytes(device: torch.device) -> int:
     """What a run on `device` can still take; more than there can be, where nobody knows."""
-    if device.type == "cpu":
+    if device.type in ("cpu", "mps"):  # which share their memory
         return int(psutil.virtual_memory().available)
     if device.type in ("cuda", "npu"):
         return int(device_module(device.type).mem_get_info(device)[0])

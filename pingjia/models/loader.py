@@ -20,7 +20,7 @@ from transformers.utils import logging as hf_logging
 from pingjia.errors import ModelError
 from pingjia.locate import locate_model
 from pingjia.models.checkpoint import load_chatglm
-from pingjia.models.device import pick_device, pick_dtype
+from pingjia.models.device import pick_device, pick_dtype, require_packed_weights
 from pingjia.models.registry import require_supported
 from pingjia.quant import quantize_model
 
@@ -43,6 +43,8 @@ def load_model(
     target = device if isinstance(device, torch.device) else pick_device(device)
     if bits not in (None, 4, 8):
         raise ModelError(f"bits={bits}: weights can be packed to 4 or 8 bits, or left as they are (None)")
+    if bits is not None:
+        require_packed_weights(target, bits)
     with quiet():
         if location.is_dir() and read_config(location)["model_type"] == "chatglm":
             return load_chatglm(location, dtype=dtype, device=target, bits=bits)

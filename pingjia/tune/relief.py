@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 
 from pingjia.errors import TrainingError
+from pingjia.models.device import free_bytes, has_bfloat16, limit_device_memory
 from pingjia.quant.formats import FORMATS, PackedLinear
 from pingjia.quant.half import HalfLinear
 from pingjia.tune.frozen import layers_of
@@ -45,15 +46,6 @@ def resident_bytes() -> int:
         return int(psutil.Process().memory_info().rss)
 
 
-def free_bytes(device: torch.device) -> int:
-    """What a run on `device` can still take."""
-    if device.type == "cpu":
-        return int(psutil.virtual_memory().available)
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return sys.maxsize  # no one knows; the device says so itself when it is full
-
-
 class MemoryLimit:
     """Raises MemoryLimitReached when the process holds more than `limit_bytes`. For a CPU, where the system would kill
     the process instead of refusing it memory."""
@@ -82,9 +74,8 @@ def limit_memory(model: PeftModel, layers: Iterable[torch.nn.Module], limit_gb: 
         limit = MemoryLimit(int(limit_gb * 1e9) if limit_gb is not None else resident_bytes() + free)
         limit.watch(layers)
         return limit
-    if device.type == "cuda" and limit_gb is not None:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * 1e9 / total), device)
+    if limit_gb is not None:
+        limit_device_memory(device, limit_gb * 1e9)
     return lambda: None
 
 
@@ -155,7 +146,7 @@ def refusals(model: PeftModel) -> dict[str, str]:
     if bits is not None or model.get_base_model().dtype != torch.float32:
         stored = f"{bits} bits" if bits is not None else str(model.get_base_model().dtype).removeprefix("torch.")
         found[HALF] = f"the base is stored in {stored} already"
-    elif model.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    elif not has_bfloat16(model.device):
         found[HALF] = "this device has no bfloat16; float16 needs its loss scaled from the start: dtype=float16"
     if bits is not None:
         found[INT8] = f"the base is stored in {bits} bits already"
