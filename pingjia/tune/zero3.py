@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from pingjia.errors import TrainingError
 from pingjia.tune.distributed import Together
@@ -55,10 +56,10 @@ class Zero3(Together):
         accelerator = _deepspeed_accelerator(self.device, self._config)
         plain = super().optimizer(model, groups, weight_decay)
         plain_groups = plain.state_dict()["param_groups"]
-        self._learning = [p for group in groups for p in group["params"]]
+        self._learning = [p for group in groups for p in group["params"]]  # now: DeepSpeed empties the groups
         self._engine, _ = accelerator.prepare(model.network, plain)
         model.engine = self._engine
-        return _EngineOptimizer(self._engine, plain_groups, groups)
+        return _EngineOptimizer(self._engine, plain_groups, self._learning)
 
     def backward(self, loss: torch.Tensor) -> None:
         """DeepSpeed takes the mean over the processes, we the sum."""
@@ -102,9 +103,8 @@ class _Engine:
 class _EngineOptimizer:
     """DeepSpeed's optimizer with the face, and the saved state, of torch's AdamW over whole parameters."""
 
-    def __init__(self, engine: Any, saved_groups: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
-        self._engine, self._saved_groups = engine, saved_groups
-        self._parameters = [p for group in groups for p in group["params"]]
+    def __init__(self, engine: Any, saved_groups: list[dict[str, Any]], parameters: list[Any]) -> None:
+        self._engine, self._saved_groups, self._parameters = engine, saved_groups, parameters
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -121,7 +121,7 @@ class _EngineOptimizer:
         """Gathered; every process must come here."""
         from deepspeed.utils import safe_get_full_optimizer_state as full
 
-        step = next(iter(self._inner()))["step"].clone()
+        step = next(iter(self._engine.optimizer.optimizer.state.values()))["step"]
         state = {
             number: {"step": step.clone(), **{key: full(p, key).clone() for key in _MOMENTS}}
             for number, p in enumerate(self._parameters)
@@ -129,16 +129,26 @@ class _EngineOptimizer:
         return {"state": state, "param_groups": self._saved_groups}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_local_optimizer_state
 
+        for piece in self._engine.optimizer.fp32_partitioned_groups_flat:
+            # Before the first step there are no moments yet, and setting them would pass in silence.
+            self._engine.optimizer.optimizer.state[piece] = {
+                "step": saved["state"][0]["step"].clone(),
+                **{key: torch.zeros_like(piece) for key in _MOMENTS},
+            }
         for number, parameter in enumerate(self._parameters):
             for key in _MOMENTS:
-                safe_set_full_optimizer_state(parameter, saved["state"][number][key], key)
-        for state in self._inner():
-            state["step"].copy_(saved["state"][0]["step"])
+                safe_set_local_optimizer_state(parameter, self._own_piece(parameter, saved["state"][number][key]), key)
 
-    def _inner(self) -> Iterator[dict[str, Any]]:
-        yield from self._engine.optimizer.optimizer.state.values()
+    def _own_piece(self, parameter: Any, whole: torch.Tensor) -> torch.Tensor:
+        """This process's part of a whole tensor, as ZeRO-3 cuts: equal pieces, the last ones filled up with zeros."""
+        size = parameter.ds_tensor.numel()
+        start = dist.get_rank() * size
+        piece = torch.zeros(size, dtype=whole.dtype)
+        part = whole.flatten()[start : start + size]
+        piece[: part.numel()] = part
+        return piece
 
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
