@@ -5,7 +5,7 @@ Both arms start from the same adapter of A and see the same rows of B and C, by 
 ones, holds them at right angles, and replays. Probes are held-out wordings of the same facts. Where the gate refuses
 the naive arm, that is noted, and the arm goes on with the gate open, to see where it ends.
 
-    python benchmarks/forgetting.py [--topics 8] [--rows 3] [--epochs 8] [--replay 0.5] [--max-steps N] [--out FILE]
+    python benchmarks/forgetting.py [--topics 8] [--rows 3] [--epochs 6] [--replay 0.5] [--max-steps N] [--out FILE]
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RECIPE: dict[str, Any] = {
     "lora_alpha": 32,
     "lora_dropout": 0.0,
     "lora_target": "all",
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "lr_scheduler_type": "linear",
     "per_device_train_batch_size": 4,
     "report_to": ["none"],
@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topics", type=int, default=8)
     parser.add_argument("--rows", type=int, default=3)
-    parser.add_argument("--epochs", type=float, default=8)
+    parser.add_argument("--epochs", type=float, default=6)
     parser.add_argument("--replay", type=float, default=0.5)
     parser.add_argument("--max-steps", type=int, default=None)
     parser.add_argument("--out", type=Path, default=RESULT)
