@@ -72,6 +72,7 @@ class WandB:
     """Offline in `wandb/` unless WANDB_MODE says otherwise; `wandb sync` sends it later."""
 
     def __init__(self, run: Tracked) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")  # it would write between our lines
         self._run: Any = _require("wandb").init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run.name,

@@ -157,11 +157,11 @@ def table(title: str) -> list[list[str]]:
 
 
 def default_of(shown: str) -> Any:
-    """A cell of the column `default` as a value."""
+    """A cell of the column `default` as a value. `none` is null, `'none'` the word."""
     if shown == "empty":
         return ""
     value = yaml.load(shown.strip("`"), recipes._StrictLoader)
-    return None if value == "none" else value
+    return None if shown.strip("`") == "none" else value
 
 
 def test_every_section_of_the_recipe_has_a_table() -> None:
