@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,28 @@ def print_retention(kept: Kept) -> None:
         share = f"{r.share:.1%} of {r.by}" if r.is_earlier else "new"
         table.add_row(f"  {r.probe}", f"{r.before.loss:.3f}", f"{r.after.loss:.3f}", *_facts(r), share)
     console.print(table)
+    _print_matrix(kept)
     console.print("  not promoted" if kept.refused else "  the gate lets it pass", markup=False)
+
+
+def _print_matrix(kept: Kept) -> None:
+    """Stage by probe: exact facts, or the loss where none are asked. Two stages are in the table above already."""
+    if len(kept.accuracy) < 3:
+        return
+    probes = list(dict.fromkeys(name for row in kept.accuracy for name in row["scores"]))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("  after")
+    for probe in probes:
+        table.add_column(probe, justify="right")
+    for row in kept.accuracy:
+        table.add_row(f"  {row['stage']}", *(_cell(row["scores"].get(probe)) for probe in probes))
+    console.print(table)
+
+
+def _cell(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return "-"
+    return f"loss {score['loss']:.3f}" if score["facts"] is None else f"{score['facts']:.1%}"
 
 
 def _facts(r: Retention) -> tuple[str, str]:

@@ -33,10 +33,14 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What became of a run's result. `refused`: the error to raise when everything else has been seen to."""
+    """What became of a run's result. `accuracy`: the matrix of scores, {"stage", "scores": {probe: score}} a row.
+
+    `refused`: the error to raise when everything else has been seen to.
+    """
 
     adapter_bytes: int
     retention: tuple[Retention, ...]
+    accuracy: tuple[Mapping[str, Any], ...]
     refused: RetentionError | None
 
 
@@ -148,14 +152,16 @@ class Finish:
         before = course.ancestor.path if course.ancestor else None
         batch_rows = course.settings.per_device_train_batch_size
         found: list[Retention] = []
+        scores: dict[str, Any] = {"accuracy": []}
         if course.probes:
             found = measure(network, self._family, (before, candidate), course.probes, examine, batch_rows)
-            write_bytes(candidate / ABOUT_FILE, _json({**about, **self._scores(found)}))
+            scores = self._scores(found)
+            write_bytes(candidate / ABOUT_FILE, _json({**about, **scores}))
         least = course.settings.continual.min_retention
         bad = failed(found, least)
         if bad:
-            return Kept(0, tuple(found), refusal(bad, least, candidate))
-        return Kept(promote(candidate, output_dir), tuple(found), None)
+            return Kept(0, tuple(found), tuple(scores["accuracy"]), refusal(bad, least, candidate))
+        return Kept(promote(candidate, output_dir), tuple(found), tuple(scores["accuracy"]), None)
 
     def _scores(self, found: Sequence[Retention]) -> dict[str, Any]:
         """Retention of this run, and the accuracy matrix: stage -> probe -> score."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from peft import PeftModel
 
 from pingjia.chat import load_tokenizer
-from pingjia.cli.probes import examine
+from pingjia.cli.probes import examine, print_retention
 from pingjia.cli.schema import Recipe
 from pingjia.data.settings import DataSettings
 from pingjia.errors import UserError
@@ -115,7 +116,7 @@ def test_a_run_that_forgets_is_set_aside_with_its_numbers(
 
 
 def test_the_accuracy_matrix_grows_stage_by_stage(
-    tune: Train, first: Path, new_file: Path, held: Path, rows_file: Path, tmp_path: Path
+    tune: Train, first: Path, new_file: Path, held: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loose = {"min_retention": 0.0}
     tune(
@@ -125,7 +126,16 @@ def test_the_accuracy_matrix_grows_stage_by_stage(
         continual=loose,
         data={"eval_dataset": [str(new_file)]},
     )
-    tune(output_dir=str(tmp_path / "third"), continue_from=str(tmp_path / "second"), continual=loose)
+    kept_now: list[Kept] = []
+    tune(
+        output_dir=str(tmp_path / "third"),
+        continue_from=str(tmp_path / "second"),
+        continual=loose,
+        hooks=Hooks(on_retention=kept_now.append),
+    )
+    print_retention(kept_now[0])
+    printed = capsys.readouterr().out
+    assert re.search(r"after +first +second\n +first +loss [\d.]+ +loss [\d.]+\n +second .*\n +third ", printed)
     matrix = about(tmp_path / "third")["accuracy"]
     assert [(row["stage"], sorted(row["scores"])) for row in matrix] == [
         ("first", ["first", "second"]),
