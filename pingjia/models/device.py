@@ -92,10 +92,11 @@ def pick_dtype(name: str | torch.dtype, device: torch.device, stored: torch.dtyp
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16. Ascend 910A and older NVIDIA cards do not."""
-    if device.type in ("cuda", "npu"):
-        return bool(device_module(device.type).is_bf16_supported())
-    return True
+    """Whether the device computes in bfloat16. Ascend 910A and older NVIDIA cards do not; one not here might."""
+    if device.type not in ("cuda", "npu"):
+        return True
+    module = device_module(device.type)
+    return not module.is_available() or bool(module.is_bf16_supported())
 
 
 def require_packed_weights(device: torch.device, bits: int) -> None:
