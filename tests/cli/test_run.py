@@ -81,11 +81,10 @@ def test_a_run_that_was_stopped_goes_on(pingjia: Pingjia, recipe: Recipe, tmp_pa
     script = (
         "import sys, os, signal\n"
         "from pingjia.tune import checkpoint\n"
-        "import pingjia.tune.loop as loop\n"
-        "save = loop.save_checkpoint\n"
+        "save = checkpoint.save_checkpoint\n"
         "def once(*args, **kwargs):\n"
         "    save(*args, **kwargs); os.kill(os.getpid(), signal.SIGKILL)\n"
-        "loop.save_checkpoint = once\n"
+        "checkpoint.save_checkpoint = once\n"
         "from pingjia.cli.main import invoke\n"
         "invoke(sys.argv[1:])"
     )
