@@ -6,11 +6,14 @@ write what is kept. pingjia also does what it does by default and the others do 
 duplicates, reasons for every rejected row, a report.
 
     python benchmarks/prepare_rows.py [--small 100000] [--large 1000000] [--processes 2]
+
+Needs the extra `bench` (datasets; pandas comes with it).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -27,6 +30,7 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "prepare_rows.json"
 CUTOFF = 1024
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
 def ours(file: Path, out: Path, processes: int, *, plain: bool) -> dict[str, int]:
@@ -43,11 +47,13 @@ def ours(file: Path, out: Path, processes: int, *, plain: bool) -> dict[str, int
     job = Job(
         DataSettings(dataset=[str(file)], cutoff_len=CUTOFF), PrepareSettings.model_validate(settings), "smollm2", out
     )
-    result = prepare(job)
-    return {"rows": result.num_rows, "kept": result.num_kept}
+    report = prepare(job).report
+    return {"rows": report.num_rows, "kept": report.num_kept}
 
 
+@functools.cache
 def tokenizer() -> Any:
+    """Of this process."""
     from pingjia.chat import load_tokenizer
 
     return load_tokenizer("smollm2")
@@ -71,10 +77,9 @@ def by_datasets(file: Path, out: Path, processes: int) -> dict[str, int]:
     import datasets
 
     datasets.disable_progress_bars()
-    counter = tokenizer()
 
     def judge(row: dict[str, Any]) -> dict[str, bool]:
-        good = fits(row["prompt"], row["response"], counter)
+        good = fits(row["prompt"], row["response"], tokenizer())
         return {"good": good, "zh": good and is_chinese(row["prompt"] + row["response"])}
 
     num = processes if processes > 1 else None
@@ -126,7 +131,7 @@ def child(side: str, file: str, out: str, processes: str) -> None:
 def measure(side: str, file: Path, processes: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=file.parent) as out:
         command = [sys.executable, __file__, "--child", side, str(file), out, str(processes)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "killed"}
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -155,25 +160,26 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=1_000_000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--sides", nargs="*", default=list(SIDES))
+    parser.add_argument("--large-sides", nargs="*", default=["pingjia"], help="the others take long at a million rows")
     options = parser.parse_args()
     sys.path.insert(0, str(HERE))
     from synthetic_rows import write
 
+    RESULT.parent.mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="prepare_rows."))
     results: dict[str, Any] = {"machine": machine(), "processes": options.processes, "sides": {}}
     try:
         for size in (options.small, options.large):
             file = folder / f"rows{size}.jsonl"
             write(file, size)
-            for side in options.sides:
+            for side in options.sides if size == options.small else options.large_sides:
                 found = measure(side, file, options.processes)
                 results["sides"].setdefault(side, {})[str(size)] = found
                 print(f"{side:20} {size:>9,} rows: {found}", flush=True)
+                RESULT.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             file.unlink()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(json.dumps(results))
 
 
