@@ -34,7 +34,9 @@ class TestLocate:
             locate_model(tmp_path / "model.bin")
 
     def test_what_is_not_there(self) -> None:
-        with pytest.raises(ModelError, match=r"^/nowhere: no such model directory or .* packaged names: smollm2, minilm$"):
+        with pytest.raises(
+            ModelError, match=r"^/nowhere: no such model directory or .* packaged names: smollm2, minilm$"
+        ):
             locate_model("/nowhere")
 
     @pytest.mark.parametrize(

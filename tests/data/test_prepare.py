@@ -373,14 +373,15 @@ def test_a_killed_preparation_goes_on(write: Write, run: Run, out: Path, tmp_pat
     kills = 0
     while True:
         child = subprocess.Popen([sys.executable, "-c", CHILD, str(path), str(killed)], stderr=subprocess.PIPE)
-        wait_s = chance.uniform(0.6, 2.0) if kills < 3 else 600
-        try:
-            _, error = child.communicate(timeout=wait_s)
-        except subprocess.TimeoutExpired:
+        target = kills + chance.randint(1, 2) if kills < 3 else 99  # of the 6 parts on disk
+        while child.poll() is None and len(list(killed.glob(".work/rows/part-*.npz"))) < target:
+            time.sleep(0.002)
+        if child.poll() is None:
             os.kill(child.pid, signal.SIGKILL)
             child.communicate()
             kills += 1
             continue
+        _, error = child.communicate()
         assert child.returncode == 0, error
         break
     assert kills >= 1, "nothing was killed: the test has shown nothing"
