@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -95,10 +96,12 @@ class Tally:
         report.lengths.add(columns["tokens"][alive])
         report.zh_before = _zh_share(columns, has_text.astype(np.int64))
         report.zh_after = _zh_share(columns, times)
-        languages = np.char.decode(columns["lang"])
+        # Numbers for names: a string of its own for every row would be most of the memory of a large set.
+        codes, lang = np.unique(columns["lang"], return_inverse=True)
+        languages = [code.decode() for code in codes.tolist()]
         chars = columns["chars"].astype(np.int64)
-        report.languages = _shares(languages, chars, times, np.ones(len(times)))
-        domains = _shares(table.domain_names().astype(str), chars, times, verdicts.weight)
+        report.languages = _shares(languages, lang, chars, times, np.ones(len(times), np.float32))
+        domains = _shares(table.domains, columns["domain"], chars, times, verdicts.weight)
         report.domains = _with_wanted(domains, report.settings["domains"]["target"])
 
     def example(self, line: Line, tokenizer: Tokenizer) -> None:
@@ -130,15 +133,20 @@ def _zh_share(columns: np.ndarray, times: np.ndarray) -> float | None:
     return int((columns["han"] * times).sum()) / letters if letters else None
 
 
-def _shares(names: np.ndarray, chars: np.ndarray, times: np.ndarray, weight: np.ndarray) -> list[Share]:
-    """A row for each name, the largest first. Records without text are no rows: nothing could be read of them."""
+def _shares(
+    names: Sequence[str], number: np.ndarray, chars: np.ndarray, times: np.ndarray, weight: np.ndarray
+) -> list[Share]:
+    """A row for each name, the largest first; `number` says which name each record has.
+
+    Records without text are no rows: nothing could be read of them.
+    """
     found = []
-    for name in np.unique(names[chars > 0]):
-        mine = (names == name) & (chars > 0)
+    for index in np.unique(number[chars > 0]).tolist():
+        mine = (number == index) & (chars > 0)
         weights = weight[mine][times[mine] > 0]
         found.append(
             Share(
-                name=str(name),
+                name=names[index],
                 num_before=int(mine.sum()),
                 num_after=int(times[mine].sum()),
                 weight=round(float(weights[0]), 6) if len(weights) else 1.0,
