@@ -14,7 +14,7 @@ from typing import Any
 import pingjia
 from pingjia.errors import StorageError
 
-BASE = ("errors.py", "types.py", "recipe.py", "ledger.py", "locate.py", "similarity.py")
+BASE = ("errors.py", "types.py", "recipe.py", "ledger.py", "locate.py", "remote.py", "similarity.py")
 
 
 class Stages:

@@ -7,13 +7,10 @@ a translation must keep (`back_translation.py`).
 
 from __future__ import annotations
 
-import email.utils
-import ipaddress
 import json
 import random
 import re
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +19,7 @@ from typing import Any, Protocol
 import httpx
 
 from pingjia.errors import PingjiaError, UserError
+from pingjia.remote import complaint, is_loopback, parse_url, retry_after_s
 
 LANGUAGES = {
     "zh": "Simplified Chinese",
@@ -83,7 +81,7 @@ class EndpointTranslator:
     timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
-        url = _parsed(self.base_url)
+        url = parse_url(self.base_url)
         if url.userinfo:
             raise UserError(
                 f"{url.host}: the endpoint's URL holds a password; put the key into an environment variable"
@@ -110,7 +108,7 @@ class EndpointTranslator:
             headers={"Content-Type": "application/json", **self._authorization()},
             timeout=httpx.Timeout(self.timeout_s, connect=10.0, pool=None),
             limits=httpx.Limits(max_connections=self.max_concurrency),
-            trust_env=not _is_loopback(_parsed(self.base_url).host),  # no proxy for a server on this machine
+            trust_env=not is_loopback(parse_url(self.base_url).host),  # no proxy for a server on this machine
         )
 
     def _authorization(self) -> dict[str, str]:
@@ -153,24 +151,14 @@ class EndpointTranslator:
         return {"model": self.model, "messages": messages, "temperature": 0, "stream": False}
 
     def _refusal(self, response: httpx.Response) -> PingjiaError | _Retry:
-        reason = f"answers {response.status_code}: {self._complaint(response)}"
+        reason = f"answers {response.status_code}: {complaint(response, self.api_key)}"
         if response.status_code in RETRIED:
-            return _Retry(reason, _retry_after_s(response))
+            return _Retry(reason, retry_after_s(response))
         if response.status_code in ONE_TEXT:
             return PingjiaError(f"{self.base_url}: {reason}")
         raise UserError(
             f"{self.base_url}: {reason}; check the key, the model {self.model!r} and that the URL ends in /v1"
         )
-
-    def _complaint(self, response: httpx.Response) -> str:
-        """The server's own words, shortened; a key that it repeats is cut out."""
-        try:
-            error = response.json()["error"]
-            words = str(error["message"] if isinstance(error, dict) else error)
-        except (ValueError, KeyError, TypeError):
-            words = response.text
-        words = words.replace(self.api_key, "***") if self.api_key else words
-        return " ".join(words.split())[:200] or response.reason_phrase
 
 
 def _answer(response: httpx.Response) -> str | PingjiaError | _Retry:
@@ -183,33 +171,3 @@ def _answer(response: httpx.Response) -> str | PingjiaError | _Retry:
         return PingjiaError("the server cut the translation at its length limit")
     text = _THOUGHT.sub("", text).strip() if isinstance(text, str) else ""
     return text or PingjiaError("the server answered with an empty translation")
-
-
-def _retry_after_s(response: httpx.Response) -> float | None:
-    """Retry-After as seconds from now; it may also be a date. None when absent or not understood."""
-    value = response.headers.get("retry-after", "").strip()
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return None
-    return max(0.0, seconds) if seconds < float("inf") else None
-
-
-def _parsed(base_url: str) -> httpx.URL:
-    try:
-        url = httpx.URL(base_url)
-    except (httpx.InvalidURL, UnicodeError) as e:
-        raise UserError(f"{base_url!r} is not a URL ({e}); example: http://127.0.0.1:8000/v1") from None
-    if url.scheme not in ("http", "https") or not url.host:
-        raise UserError(f"{base_url!r} is not an http(s) URL; example: http://127.0.0.1:8000/v1")
-    return url
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"

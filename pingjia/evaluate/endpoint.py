@@ -5,11 +5,8 @@ Knows requests, retries and what servers answer; nothing about questions or scor
 
 from __future__ import annotations
 
-import email.utils
-import ipaddress
 import json
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field
@@ -21,6 +18,7 @@ import httpx
 
 from pingjia.chat.tools import as_row, linked
 from pingjia.errors import RequestError, UserError
+from pingjia.remote import complaint, is_loopback, parse_url, retry_after_s, shorten
 from pingjia.types import Completion, FinishReason, Prompt, Sampling, Usage
 
 RETRIED = (429, 502, 503, 504)
@@ -69,13 +67,7 @@ class Endpoint:
     timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
-        try:
-            url = httpx.URL(self.base_url)
-            usable = url.scheme in ("http", "https") and bool(url.host)
-        except (httpx.InvalidURL, UnicodeError) as e:  # UnicodeError: a host that is no internationalised name
-            raise UserError(f"{self.base_url!r} is not a URL ({e}); example: http://127.0.0.1:8000/v1") from None
-        if not usable:
-            raise UserError(f"{self.base_url!r} is not an http(s) URL; example: http://127.0.0.1:8000/v1")
+        parse_url(self.base_url)
         if self.max_concurrency < 1 or self.max_retries < 0:
             raise UserError("an endpoint needs max_concurrency of at least 1 and max_retries of at least 0")
         if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
@@ -115,7 +107,7 @@ class Endpoint:
             timeout=httpx.Timeout(self.timeout_s, connect=10.0),
             limits=httpx.Limits(max_connections=self.max_concurrency),
             # A proxy for the internet must not be asked for a server on this machine.
-            trust_env=not _is_loopback(httpx.URL(self.base_url).host),
+            trust_env=not is_loopback(httpx.URL(self.base_url).host),
         )
 
     def _job(self, prompt: Prompt, sampling: Sampling) -> _Job:
@@ -146,7 +138,8 @@ class Endpoint:
         except httpx.RequestError as e:
             return _Retry(f"not reachable ({e or type(e).__name__})")
         if response.status_code in RETRIED:
-            return _Retry(f"answers {response.status_code}: {_complaint(response)}", _retry_after_s(response))
+            reason = f"answers {response.status_code}: {complaint(response, self.api_key)}"
+            return _Retry(reason, retry_after_s(response))
         if response.status_code != 200:
             raise UserError(self._refusal(response))
         return self._completion(response, job)
@@ -170,7 +163,7 @@ class Endpoint:
             404: f"check that model {self.model!r} is served there and that the URL ends as its clients use it (/v1)",
         }
         hint = hints.get(status, "the server did not accept the request")
-        return f"{self.base_url}: answers {status}: {_complaint(response)}; {hint}"
+        return f"{self.base_url}: answers {status}: {complaint(response, self.api_key)}; {hint}"
 
     def _completion(self, response: httpx.Response, job: _Job) -> Completion:
         try:
@@ -186,7 +179,7 @@ class Endpoint:
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
             raise UserError(
                 f"{self.base_url}: the answer is not in OpenAI's format ({type(e).__name__}: {e}): "
-                f"{_short(response.text)}; is this the address of a model server?"
+                f"{shorten(response.text)}; is this the address of a model server?"
             ) from None
 
 
@@ -235,37 +228,3 @@ def _usage(raw: Mapping[str, Any]) -> Usage:
         completion_tokens=int(raw.get("completion_tokens") or 0),
         cached_tokens=int(details.get("cached_tokens") or 0),
     )
-
-
-def _retry_after_s(response: httpx.Response) -> float | None:
-    """Retry-After as seconds from now; it may also be a date. None when absent or not understood."""
-    value = response.headers.get("retry-after", "").strip()
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return None
-    return max(0.0, seconds) if seconds < float("inf") else None
-
-
-def _complaint(response: httpx.Response) -> str:
-    """The server's own words, where it gave any."""
-    try:
-        error = response.json()["error"]
-        return _short(error["message"] if isinstance(error, dict) else str(error))
-    except (ValueError, KeyError, TypeError):
-        return _short(response.text) or response.reason_phrase or "no reason given"
-
-
-def _short(text: str) -> str:
-    flat = " ".join(str(text).split())
-    return flat if len(flat) <= 200 else flat[:199] + "…"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ class Alone:
 ALONE = Alone(torch.device("cpu"))
 
 
-class Together(Alone):
+class Together(Alone, ABC):
     """What FSDP2 and ZeRO-3 share."""
 
     def __init__(self, device: torch.device) -> None:
@@ -122,9 +123,9 @@ class Together(Alone):
         held, whole = self._count(model)
         return [Holding(rank, count, whole) for rank, count in enumerate(self.gather(held))]
 
+    @abstractmethod
     def _count(self, model: torch.nn.Module) -> tuple[int, int]:
         """(numbers in this process, numbers in all)."""
-        raise NotImplementedError
 
     def total(self, *numbers: float) -> list[float]:
         sums = torch.tensor(numbers, dtype=torch.float64, device=self.device)

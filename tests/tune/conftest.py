@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,26 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
     return file
+
+
+@pytest.fixture
+def killed() -> Callable[..., int]:
+    """killed(job, output_dir, seed, max_kills=8): train by killed_run.py; how often it was killed on the way."""
+
+    def train_and_kill(job: dict[str, Any], output_dir: Path, seed: int, max_kills: int = 8) -> int:
+        job = job | {"tune": job["tune"] | {"output_dir": str(output_dir)}, "seed": seed, "max_kills": max_kills}
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("killed_run.py")), json.dumps(job)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    return train_and_kill
 
 
 @pytest.fixture(scope="session")

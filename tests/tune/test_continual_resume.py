@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from pingjia.tune import TrainResult, train
 from pingjia.tune.loop import read_log
 from pingjia.tune.settings import TuneSettings
 
-KILLED_RUN = Path(__file__).with_name("killed_run.py")
 METHODS = {
     "grow": {"method": "grow", "replay_ratio": 0.5, "max_rank": 6, "min_retention": 0.0},
     "ewc": {"method": "ewc", "ewc": 1e4, "replay_ratio": 0.5, "min_retention": 0.0},
@@ -63,21 +60,11 @@ def wholes(
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_ends_with_the_same_bytes(
-    wholes: dict[str, dict[str, Any]], tmp_path: Path, method: str, seed: int
+    killed: Callable[..., int], wholes: dict[str, dict[str, Any]], tmp_path: Path, method: str, seed: int
 ) -> None:
     job, out = wholes[method], tmp_path / "out"
     whole = Path(job["tune"]["output_dir"])
-    killed = job | {"tune": job["tune"] | {"output_dir": str(out)}, "seed": seed, "max_kills": 6}
-    done = subprocess.run(
-        [sys.executable, str(KILLED_RUN), json.dumps(killed)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 1, "nothing was killed: the test has shown nothing"
+    assert killed(job, out, seed, max_kills=6) >= 1, "nothing was killed: the test has shown nothing"
     assert digest(out / "adapter_model.safetensors") == digest(whole / "adapter_model.safetensors")
     assert config(out) == config(whole)
     assert not (out / "candidate").exists()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from pingjia.tune.loop import SHRUNK, read_log
 from pingjia.tune.settings import TuneSettings
 
 Train = Callable[..., TrainResult]
-KILLED_RUN = Path(__file__).with_name("killed_run.py")
+Killed = Callable[..., int]
 
 
 def weights(directory: Path) -> str:
@@ -99,24 +97,9 @@ def test_the_eventful_run_has_its_events(eventful: tuple[TrainResult, dict[str, 
     assert any(event.startswith("stopped early") for event in events)
 
 
-def killed(job: dict[str, Any], output_dir: Path, seed: int) -> int:
-    """Train by killed_run.py; how often it was killed."""
-    job = job | {"tune": job["tune"] | {"output_dir": str(output_dir)}, "seed": seed, "max_kills": 8}
-    done = subprocess.run(
-        [sys.executable, str(KILLED_RUN), json.dumps(job)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
-
-
 @pytest.mark.parametrize("seed", range(20))
 def test_an_eventful_run_killed_at_any_moment_ends_with_the_same_bytes(
-    eventful: tuple[TrainResult, dict[str, Any]], tmp_path: Path, seed: int
+    killed: Killed, eventful: tuple[TrainResult, dict[str, Any]], tmp_path: Path, seed: int
 ) -> None:
     """In any phase, before and after the rank shrank, while looks without a better loss are being counted."""
     result, job = eventful
@@ -129,7 +112,7 @@ def test_an_eventful_run_killed_at_any_moment_ends_with_the_same_bytes(
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_killed_runs_end_with_the_bytes_of_an_uninterrupted_one(
-    whole: TrainResult, tmp_path: Path, tiny_llama: Path, rows_file: Path, settings: dict[str, Any], seed: int
+    killed: Killed, whole: TrainResult, tmp_path: Path, tiny_llama: Path, rows_file: Path, settings: dict, seed: int
 ) -> None:
     folder = tmp_path / "killed"
     job = {
