@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from pingjia.tune import Hooks, TrainPlan, TrainResult
     from pingjia.tune.distributed import Holding
-    from pingjia.tune.loop import StepLog
+    from pingjia.tune.journal import StepLog
     from pingjia.tune.memory import MemoryPlan
 
 RecipePath = Annotated[Path, typer.Argument(help="A YAML recipe; see recipes/.", metavar="RECIPE")]

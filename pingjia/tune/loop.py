@@ -5,28 +5,28 @@ A run is a row of phases (mostly one). Where it stands is `Progress`, which goes
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
 
-from pingjia.errors import StorageError, TrainingError
+from pingjia.errors import TrainingError
 from pingjia.meter import peak_bytes
 from pingjia.models.device import rng_state, set_rng_state
 from pingjia.models.family import Family
 from pingjia.tune import checkpoint as disk
 from pingjia.tune.batches import longest_micro, share_of_process
-from pingjia.tune.checkpoint import LOG_FILE, Saved, disk_message
+from pingjia.tune.checkpoint import LOG_FILE, Saved
 from pingjia.tune.distributed import Alone, Holding
 from pingjia.tune.frozen import FrozenLayers, num_frozen_layers
 from pingjia.tune.groups import RateGroup, Rates, group_parameters, optimizer_groups
 from pingjia.tune.guards import MOVED_AFTER_STEPS, MovedCheck
+from pingjia.tune.journal import StepLog, as_line, as_text, restore_log, write_log
 from pingjia.tune.ladder import Rung
 from pingjia.tune.penalty import Penalties, l2_penalty, lora_matrices
 from pingjia.tune.phases import Phase, enter, frozen_digest, require_untouched, trainable_names
@@ -41,34 +41,6 @@ from pingjia.types import Encoded
 T = TypeVar("T")
 _SEED_STRIDE = 1_000_003  # between the seeds of processes; no one chooses seeds so far apart
 SHRUNK = "over-fitting"  # how the event begins that makes the adapter smaller
-
-
-@dataclass(frozen=True, slots=True)
-class StepLog:
-    """One line of trainer_log.jsonl. Losses are nats per learnt token; `step` counts finished updates of the run.
-
-    `epoch` counts from the start of the phase. `learning_rate` is the highest among the parameter groups. `l2`,
-    `orthogonality`, `ewc`: penalties, apart from the loss. `event`: what happened after this update, for a reader.
-    `rates`: of each parameter group. `peak_bytes`: most memory the first process has held.
-    """
-
-    step: int
-    num_steps: int
-    epoch: float
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    num_tokens: int
-    num_learnt: int
-    seconds: float
-    eval_loss: float | None = None
-    phase: str | None = None
-    l2: float | None = None
-    event: str | None = None
-    orthogonality: float | None = None
-    ewc: float | None = None
-    rates: Mapping[str, float] = field(default_factory=dict)
-    peak_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -149,9 +121,9 @@ def run_training(run: Run) -> bool:
     if saved:
         _restore_weights(run, progress, saved)
     run.start = progress.step
-    run.logs = ranks.from_first(partial(_restore_log, run.resume_from))
+    run.logs = ranks.from_first(partial(restore_log, run.resume_from))
     if ranks.is_first:
-        _write_log(run.output_dir / LOG_FILE, _text(run.logs), "w")
+        write_log(run.output_dir / LOG_FILE, as_text(run.logs), "w")
     model = ranks.prepare(run.model)
     if ranks.rank and saved is None:
         torch.manual_seed(run.settings.seed + _SEED_STRIDE * ranks.rank)  # or all would draw the same dropout
@@ -422,7 +394,7 @@ class _Phase:
             optimizer,
             rng,
             fingerprint=run.fingerprint,
-            log=_text(run.logs),
+            log=as_text(run.logs),
             keep=run.settings.save_total_limit,
         )
         disk.prune_best(run.output_dir, progress.watch.best_step)
@@ -450,7 +422,7 @@ class _Phase:
         run.logs.append(log)
         run.peak_bytes = log.peak_bytes
         if run.ranks.is_first:
-            _write_log(run.output_dir / LOG_FILE, _line(log), "a")
+            write_log(run.output_dir / LOG_FILE, as_line(log), "a")
             run.observe(log)
 
 
@@ -483,42 +455,3 @@ def _rates_by_group(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         name if names.count(name) == 1 else f"{name} peak {group['peak']:g}": group["lr"]
         for name, group in zip(names, groups, strict=True)
     }
-
-
-def _write_log(file: Path, text: str, mode: Literal["w", "a"]) -> None:
-    try:
-        with open(file, mode, encoding="utf-8") as out:
-            out.write(text)
-    except OSError as e:
-        raise StorageError(disk_message(file, e)) from None
-
-
-def _line(log: StepLog) -> str:
-    return json.dumps({"at": time.time(), **asdict(log)}) + "\n"
-
-
-def _text(logs: Sequence[StepLog]) -> str:
-    return "".join(_line(log) for log in logs)
-
-
-def _restore_log(checkpoint: Path | None) -> list[StepLog]:
-    """The updates that a checkpoint holds. Its own copy: the log of output_dir may be torn, lost, or further on."""
-    if checkpoint is None:
-        return []
-    logs = read_log(checkpoint / LOG_FILE)
-    if not logs:
-        raise TrainingError(f"{checkpoint}: damaged: no {LOG_FILE} in it; delete it to go on from the one before")
-    return logs
-
-
-def read_log(file: Path) -> list[StepLog]:
-    """The lines of a trainer_log.jsonl; a torn last line (a crash in mid-write) is passed over."""
-    logs = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            row = json.loads(line)
-            row.pop("at", None)
-            logs.append(StepLog(**row))
-        except (ValueError, TypeError):
-            continue
-    return logs

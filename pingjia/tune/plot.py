@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pingjia.tune.loop import StepLog
+from pingjia.tune.journal import StepLog
 
 SMOOTHING = 0.9
 

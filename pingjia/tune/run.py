@@ -27,8 +27,9 @@ from pingjia.tune.distributed import Alone, Holding, joined, local_rank
 from pingjia.tune.forecast import forecast
 from pingjia.tune.gate import Examine
 from pingjia.tune.groups import RateGroup
+from pingjia.tune.journal import StepLog, read_log
 from pingjia.tune.keep import Finish, Kept
-from pingjia.tune.loop import SHRUNK, Run, StepLog, rate_groups, read_log, run_training
+from pingjia.tune.loop import SHRUNK, Run, rate_groups, run_training
 from pingjia.tune.lora import Targets, adaptable, count_parameters, num_layers, resolve, resolve_targets
 from pingjia.tune.memory import MemoryPlan
 from pingjia.tune.phases import plan_phases, trainable_names

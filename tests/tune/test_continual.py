@@ -18,7 +18,7 @@ from pingjia.errors import DataError, TrainingError
 from pingjia.models import base_fingerprint, load_model
 from pingjia.tune import TrainResult
 from pingjia.tune.elastic import Loras, loras
-from pingjia.tune.loop import read_log
+from pingjia.tune.journal import read_log
 
 Train = Callable[..., TrainResult]
 SECOND = [

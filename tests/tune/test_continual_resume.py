@@ -14,7 +14,7 @@ import pytest
 from pingjia.data.settings import DataSettings
 from pingjia.models.settings import ModelSettings
 from pingjia.tune import TrainResult, train
-from pingjia.tune.loop import read_log
+from pingjia.tune.journal import read_log
 from pingjia.tune.settings import TuneSettings
 
 METHODS = {

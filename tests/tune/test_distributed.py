@@ -17,8 +17,8 @@ from pingjia.errors import TrainingError
 from pingjia.models.settings import ModelSettings
 from pingjia.tune import train
 from pingjia.tune.batches import share_of_process
+from pingjia.tune.journal import StepLog, read_log
 from pingjia.tune.launch import Layout, free_port, launch
-from pingjia.tune.loop import StepLog, read_log
 from pingjia.tune.settings import TuneSettings
 
 PROCESS = Path(__file__).with_name("rank.py")

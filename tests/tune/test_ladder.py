@@ -21,8 +21,8 @@ from pingjia.quant.half import HalfLinear
 from pingjia.tune import Hooks, relief
 from pingjia.tune.checkpoint import checkpoints
 from pingjia.tune.frozen import layers_of
+from pingjia.tune.journal import read_log
 from pingjia.tune.ladder import HALF, INT4, INT8, Rung, next_step, path, skipped_of
-from pingjia.tune.loop import read_log
 from pingjia.tune.lora import add_adapter, resolve_targets
 from pingjia.tune.relief import Memory, MemoryLimit, MemoryLimitReached, base_linears, is_out_of_memory, refusals
 from pingjia.tune.settings import TuneSettings

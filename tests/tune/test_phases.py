@@ -13,7 +13,7 @@ import torch
 from pingjia.errors import TrainingError
 from pingjia.tune import Hooks
 from pingjia.tune.groups import module_of
-from pingjia.tune.loop import read_log
+from pingjia.tune.journal import read_log
 from pingjia.tune.phases import Phase, enter, frozen_digest, require_untouched
 from pingjia.tune.run import TrainPlan
 

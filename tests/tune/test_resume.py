@@ -22,7 +22,8 @@ from pingjia.models.settings import ModelSettings
 from pingjia.tune import Hooks, TrainResult, train
 from pingjia.tune import checkpoint as checkpoint_file
 from pingjia.tune.checkpoint import checkpoints
-from pingjia.tune.loop import SHRUNK, read_log
+from pingjia.tune.journal import read_log
+from pingjia.tune.loop import SHRUNK
 from pingjia.tune.settings import TuneSettings
 
 Train = Callable[..., TrainResult]

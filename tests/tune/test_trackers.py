@@ -15,7 +15,7 @@ import pytest
 
 from pingjia.errors import TrainingError
 from pingjia.tune import Hooks, TrainResult, trackers
-from pingjia.tune.loop import read_log
+from pingjia.tune.journal import read_log
 from pingjia.tune.settings import TuneSettings
 from pingjia.tune.trackers import Tracked, Trackers, run_key, wanted
 

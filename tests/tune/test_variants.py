@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from pingjia.errors import TrainingError
 from pingjia.models import load_model
 from pingjia.tune import Hooks
-from pingjia.tune.loop import read_log
+from pingjia.tune.journal import read_log
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

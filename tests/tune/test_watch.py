@@ -15,7 +15,8 @@ from peft import PeftModel
 
 from pingjia.models import family_of, load_model
 from pingjia.tune.checkpoint import checkpoints
-from pingjia.tune.loop import SHRUNK, read_log
+from pingjia.tune.journal import read_log
+from pingjia.tune.loop import SHRUNK
 from pingjia.tune.lora import add_adapter, resolve_targets
 from pingjia.tune.penalty import l2_penalty, lora_matrices
 from pingjia.tune.settings import TuneSettings
