@@ -9,8 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import PreTrainedModel
 
 import pingjia
 from pingjia import chat, data
@@ -20,6 +24,7 @@ from pingjia.ledger import Fact, Ledger
 from pingjia.meter import Meter
 from pingjia.models import base_fingerprint, family_of, load_model, max_model_len, use_packed_attention
 from pingjia.models.device import pick_device
+from pingjia.models.family import Family
 from pingjia.models.settings import ModelSettings
 from pingjia.tune import continual
 from pingjia.tune.checkpoint import ABOUT_FILE, LOG_FILE, checkpoints, run_fingerprint, save_adapter, set_aside, step_of
@@ -136,110 +141,180 @@ def train(
     output_dir.mkdir(parents=True, exist_ok=True)
     device = pick_device(model_settings.device, index=local_rank())
     with joined(settings, device) as ranks, _only_run_in(output_dir, ranks), Meter() as meter:
-        tokenizer = chat.load_tokenizer(model_settings.model_name_or_path)
-        model = load_model(
-            model_settings.model_name_or_path,
-            dtype=model_settings.dtype,
-            device=device,
-            bits=model_settings.quantization_bit,
-        )
-        cutoff_len = min(data_settings.cutoff_len, max_model_len(model.config))
-        rows, dropped = encode_rows(data_settings.dataset, data_settings, tokenizer, cutoff_len)
-        eval_rows = (
-            encode_rows(data_settings.eval_dataset, data_settings, tokenizer, cutoff_len)[0]
-            if data_settings.eval_dataset
-            else []
-        )
-        family, base = family_of(model), base_fingerprint(model)
-        course = continual.begin(settings, data_settings, continual.Reader(tokenizer, cutoff_len), base)
-        settings, all_rows = course.settings, [*rows, *course.replay]
-        recipe = _recipe(model_settings, data_settings, settings)
-        fingerprint = run_fingerprint(
-            {
-                "rows": [(row.ids, row.learn, *([row.weight] if row.weight != 1 else [])) for row in all_rows],
-                "base": base,
-                "numbers": [str(model.dtype), model_settings.quantization_bit],
-                "tune": settings.model_dump(exclude=_NOT_WEIGHTS),
-                "template": tokenizer.template_digest,
-                **course.inputs,
-            }
-        )
-        finished = ranks.from_first(lambda: _finished(output_dir, fingerprint, settings))
+        inputs = _read(model_settings, data_settings, settings, device)
+        finished = ranks.from_first(lambda: _finished(output_dir, inputs.fingerprint, inputs.settings))
         if finished is not None:
             return finished
-        resume_from = ranks.from_first(lambda: _resume_from(output_dir, settings))
-        targets = course.targets(resolve_targets(model, family, settings))
-        phases = plan_phases(
-            course.rows_per_epoch(len(rows)),
-            settings,
-            lambda phase: resolve(model, family, phase.target, phase.layers or settings.lora_layers).modules,
-        )
-        depth = num_layers(adaptable(model))
-        adapted = course.adapt(model, targets)
-        first = first_matrices(adapted)
-        use_packed_attention(model)
-        terms = course.terms(adapted, family, output_dir, fingerprint)
-        finish = None if course.is_plain else Finish(course, adapted, family, rows, first)
-        if settings.gradient_checkpointing:
-            checkpoint_activations(adapted)
-        run = Run(
-            model=adapted,
-            family=family,
-            rows=all_rows,
-            eval_rows=eval_rows,
-            settings=settings,
-            phases=course.phases(phases, len(rows)),
-            num_layers=depth,
-            fingerprint=fingerprint,
-            output_dir=output_dir,
-            ranks=ranks,
-            resume_from=resume_from,
-            should_stop=hooks.should_stop,
-            terms=terms,
-        )
-        account = _Account(run, meter, ledger if ranks.is_first else None, run_name)
-        run.on_saved = account.note
-        plan = _plan(run, targets, dropped)
+        job = _build(inputs, ranks, hooks)
+        account = _Account(job.run, meter, ledger if ranks.is_first else None, run_name)
+        job.run.on_saved = account.note
+        plan = _plan(job.run, job.targets, inputs.dropped)
         if ranks.is_first:
-            run.on_shared_out = hooks.on_shared_out
+            job.run.on_shared_out = hooks.on_shared_out
             if settings.resume_from_checkpoint is False:
                 set_aside(output_dir)
             hooks.on_plan(plan)
-        tracked = _tracked(run, run_name, {**recipe, "num_trainable": plan.num_trainable})
-        with Trackers(wanted(settings.report_to) if ranks.is_first else [], tracked, hooks.on_warning) as trackers:
-            run.observe = _observers(hooks, trackers)
-            completed = run_training(run)
-        size, kept = 0, None
-        if completed:
-            about = {
-                "format": 1,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "pingjia_version": pingjia.__version__,
-                "base": {"name": model_settings.model_name_or_path, "fingerprint": base, "family": family.name},
-                "chat": {"template_digest": tokenizer.template_digest, "golden": chat.golden_chats(tokenizer)},
-                "data": {
-                    "files": [*data_settings.dataset],
-                    "fingerprint": data.fingerprint(data_settings.dataset),
-                    "num_rows": len(rows),
-                },
-                "recipe": recipe,
-                "run_fingerprint": fingerprint,
-                "metrics": _metrics(run),
-            }
-            if finish is not None:
-                kept = finish.keep(output_dir, about, hooks.examine)
-                size = kept.adapter_bytes
-            else:
-                with ranks.whole(adapted):
-                    size = save_adapter(output_dir, adapted, about, first) if ranks.is_first else 0
+        tracked = _tracked(job.run, run_name, {**inputs.recipe, "num_trainable": plan.num_trainable})
+        names = wanted(settings.report_to) if ranks.is_first else []
+        with Trackers(names, tracked, hooks.on_warning) as trackers:
+            job.run.observe = _observers(hooks, trackers)
+            completed = run_training(job.run)
+        size, kept = _keep(inputs, job, hooks) if completed else (0, None)
         if ranks.is_first:
-            plot_loss(run.logs, output_dir / "training_loss.png")
+            plot_loss(job.run.logs, output_dir / "training_loss.png")
         account.note(size)
         if kept is not None:
             hooks.on_retention(kept)
             if kept.refused is not None:
                 raise kept.refused
-        return TrainResult(output_dir, completed, False, size, **_metrics(run))
+        return TrainResult(output_dir, completed, False, size, **_metrics(job.run))
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Everything that decides a run, read and checked; `settings` as its course (continual learning) leaves them."""
+
+    model_settings: ModelSettings
+    data_settings: DataSettings
+    settings: TuneSettings
+    tokenizer: chat.Tokenizer
+    model: PreTrainedModel
+    family: Family
+    base: str
+    course: continual.Course
+    rows: list[Encoded]
+    eval_rows: list[Encoded]
+    dropped: list[str]
+
+    @cached_property
+    def all_rows(self) -> list[Encoded]:
+        """The rows of the task, and those that are replayed."""
+        return [*self.rows, *self.course.replay]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return _recipe(self.model_settings, self.data_settings, self.settings)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for runs that come to the same weights."""
+        return run_fingerprint(
+            {
+                "rows": [(row.ids, row.learn, *([row.weight] if row.weight != 1 else [])) for row in self.all_rows],
+                "base": self.base,
+                "numbers": [str(self.model.dtype), self.model_settings.quantization_bit],
+                "tune": self.settings.model_dump(exclude=_NOT_WEIGHTS),
+                "template": self.tokenizer.template_digest,
+                **self.course.inputs,
+            }
+        )
+
+
+def _read(
+    model_settings: ModelSettings, data_settings: DataSettings, settings: TuneSettings, device: torch.device
+) -> _Inputs:
+    tokenizer = chat.load_tokenizer(model_settings.model_name_or_path)
+    model = load_model(
+        model_settings.model_name_or_path,
+        dtype=model_settings.dtype,
+        device=device,
+        bits=model_settings.quantization_bit,
+    )
+    cutoff_len = min(data_settings.cutoff_len, max_model_len(model.config))
+    rows, dropped = encode_rows(data_settings.dataset, data_settings, tokenizer, cutoff_len)
+    held_out = data_settings.eval_dataset
+    eval_rows = encode_rows(held_out, data_settings, tokenizer, cutoff_len)[0] if held_out else []
+    base = base_fingerprint(model)
+    course = continual.begin(settings, data_settings, continual.Reader(tokenizer, cutoff_len), base)
+    return _Inputs(
+        model_settings=model_settings,
+        data_settings=data_settings,
+        settings=course.settings,
+        tokenizer=tokenizer,
+        model=model,
+        family=family_of(model),
+        base=base,
+        course=course,
+        rows=rows,
+        eval_rows=eval_rows,
+        dropped=dropped,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """The network with its adapter, ready to be trained. `first`: what a PiSSA began with. `finish`: of a course."""
+
+    run: Run
+    targets: Targets
+    first: Mapping[str, torch.Tensor]
+    finish: Finish | None
+
+
+def _build(inputs: _Inputs, ranks: Alone, hooks: Hooks) -> _Built:
+    settings, course, model, family = inputs.settings, inputs.course, inputs.model, inputs.family
+    output_dir = Path(settings.output_dir)
+    resume_from = ranks.from_first(lambda: _resume_from(output_dir, settings))
+    targets = course.targets(resolve_targets(model, family, settings))
+    phases = plan_phases(
+        course.rows_per_epoch(len(inputs.rows)),
+        settings,
+        lambda phase: resolve(model, family, phase.target, phase.layers or settings.lora_layers).modules,
+    )
+    depth = num_layers(adaptable(model))
+    adapted = course.adapt(model, targets)
+    first = first_matrices(adapted)
+    use_packed_attention(model)
+    terms = course.terms(adapted, family, output_dir, inputs.fingerprint)
+    finish = None if course.is_plain else Finish(course, adapted, family, inputs.rows, first)
+    if settings.gradient_checkpointing:
+        checkpoint_activations(adapted)
+    run = Run(
+        model=adapted,
+        family=family,
+        rows=inputs.all_rows,
+        eval_rows=inputs.eval_rows,
+        settings=settings,
+        phases=course.phases(phases, len(inputs.rows)),
+        num_layers=depth,
+        fingerprint=inputs.fingerprint,
+        output_dir=output_dir,
+        ranks=ranks,
+        resume_from=resume_from,
+        should_stop=hooks.should_stop,
+        terms=terms,
+    )
+    return _Built(run, targets, first, finish)
+
+
+def _keep(inputs: _Inputs, job: _Built, hooks: Hooks) -> tuple[int, Kept | None]:
+    """Write the finished adapter: (its bytes, what a course says of it)."""
+    run, about = job.run, _about(inputs, job.run)
+    if job.finish is not None:
+        kept = job.finish.keep(run.output_dir, about, hooks.examine)
+        return kept.adapter_bytes, kept
+    with run.ranks.whole(run.model):
+        return (save_adapter(run.output_dir, run.model, about, job.first) if run.ranks.is_first else 0), None
+
+
+def _about(inputs: _Inputs, run: Run) -> dict[str, Any]:
+    """pingjia.json: what the adapter was made from, and what it must be served with."""
+    model, tokenizer = inputs.model_settings.model_name_or_path, inputs.tokenizer
+    return {
+        "format": 1,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "pingjia_version": pingjia.__version__,
+        "base": {"name": model, "fingerprint": inputs.base, "family": inputs.family.name},
+        "chat": {"template_digest": tokenizer.template_digest, "golden": chat.golden_chats(tokenizer)},
+        "data": {
+            "files": [*inputs.data_settings.dataset],
+            "fingerprint": data.fingerprint(inputs.data_settings.dataset),
+            "num_rows": len(inputs.rows),
+        },
+        "recipe": inputs.recipe,
+        "run_fingerprint": inputs.fingerprint,
+        "metrics": _metrics(run),
+    }
 
 
 def encode_rows(
