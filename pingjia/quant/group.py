@@ -1,0 +1,187 @@
+"""INT4 in groups of columns: the layout, the linear layer and the embedding table that keep it packed.
+
+`weight` uint8 [N, M/2]: the LOW nibble holds an even column, the HIGH nibble the odd one after it; a nibble means
+nibble - 8, so values lie in -8..7. `weight_scale` float16 [N, M/G]: one scale per row and group of G columns, and
+weight = value * scale. This is our own layout, written by `pingjia quantize`; the published per-row one is `rows.py`.
+Not here: choosing scales and values (`clip.py`, `gptq.py`), and the fast products (`kernels/`).
+
+Shapes: B rows of x, N output rows, M input columns, G columns of a group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from pingjia.errors import ModelError
+from pingjia.quant.formats import PackedLinear
+from pingjia.quant.rows import row_blocks
+
+GROUP_SIZES = (32, 64, 128)
+
+
+def group_size_for(num_columns: int, asked: int, name: str = "the matrix") -> int:
+    """The largest of 32, 64, 128 that divides `num_columns` and is not above `asked`. Raises ModelError when none is.
+
+    A network's narrow matrices may so get smaller groups than its wide ones.
+    """
+    if asked not in GROUP_SIZES:
+        raise ModelError(f"group size {asked}: choose {', '.join(map(str, GROUP_SIZES))}")
+    fitting = [g for g in GROUP_SIZES if g <= asked and num_columns % g == 0]
+    if not fitting:
+        raise ModelError(f"{name} has {num_columns} columns, which no group of 32 divides: use bits=8")
+    return max(fitting)
+
+
+# ---- layout
+
+
+def pack_groups(values_NM: torch.Tensor) -> torch.Tensor:
+    """Integers [N, M] of -8..7 -> uint8 [N, M/2]."""
+    nibbles = (values_NM + 8).to(torch.uint8)
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+
+
+def unpack_groups(packed_NP: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, M/2] -> int8 [N, M] of -8..7, columns in their own order."""
+    both = torch.stack((packed_NP & 0xF, packed_NP >> 4), dim=-1).flatten(-2)
+    return both.to(torch.int8) - 8
+
+
+def dequantize_groups(
+    packed_NP: torch.Tensor, scale_NG: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Packed rows -> float [N, M] of `dtype`; computed in float32, block by block."""
+    num_rows, num_columns = packed_NP.shape[0], 2 * packed_NP.shape[1]
+    weight = torch.empty(num_rows, num_columns, dtype=dtype, device=packed_NP.device)
+    for rows in row_blocks(num_rows, num_columns):
+        grouped = unpack_groups(packed_NP[rows]).float().unflatten(1, (scale_NG.shape[1], -1))
+        weight[rows] = (grouped * scale_NG[rows].float()[..., None]).flatten(1)
+    return weight
+
+
+# ---- product
+
+
+def group_product(x: torch.Tensor, weight_NP: torch.Tensor, scale_NG: torch.Tensor) -> torch.Tensor:
+    """x [..., M] times a grouped INT4 matrix -> [..., N] of x's dtype. Plain torch; the gradient goes to x only.
+
+    The matrix is widened about 1 MB at a time, never as a whole. On a CPU it computes in float32 whatever x is.
+    """
+    return _GroupProduct.apply(x, weight_NP, scale_NG)
+
+
+class _GroupProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight_NP: torch.Tensor, scale_NG: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight_NP, scale_NG)
+        x_BM = _halves(x.reshape(-1, x.shape[-1]).to(_compute_dtype(x)))
+        out_BN = x_BM.new_empty(x_BM.shape[0], weight_NP.shape[0])
+        for rows in row_blocks(weight_NP.shape[0], x_BM.shape[1]):
+            out_BN[:, rows] = x_BM @ _widen(weight_NP[rows], scale_NG[rows], x_BM.dtype).T
+        return out_BN.to(x.dtype).view(*x.shape[:-1], weight_NP.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        weight_NP, scale_NG = ctx.saved_tensors
+        grad_BN = grad.reshape(-1, grad.shape[-1]).to(_compute_dtype(grad))
+        half = weight_NP.shape[1]
+        grad_BM = grad_BN.new_zeros(grad_BN.shape[0], 2 * half)
+        for rows in row_blocks(weight_NP.shape[0], 2 * half):
+            grad_BM.addmm_(grad_BN[:, rows], _widen(weight_NP[rows], scale_NG[rows], grad_BN.dtype))
+        in_order = torch.stack((grad_BM[:, :half], grad_BM[:, half:]), dim=-1)
+        return in_order.view(*grad.shape[:-1], 2 * half).to(grad.dtype), None, None
+
+
+def _widen(packed_NP: torch.Tensor, scale_NG: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """All even columns, then all odd ones, as floats: interleaving them would cost more than reordering x does."""
+    num_rows, half = packed_NP.shape
+    wide = torch.empty(num_rows, 2, half, dtype=dtype, device=packed_NP.device)
+    wide[:, 0] = packed_NP & 0xF
+    wide[:, 1] = packed_NP >> 4
+    grouped = wide.sub_(8).view(num_rows, 2, scale_NG.shape[1], -1)
+    return grouped.mul_(scale_NG.to(dtype)[:, None, :, None]).view(num_rows, 2 * half)
+
+
+def _halves(x_BM: torch.Tensor) -> torch.Tensor:
+    return torch.cat((x_BM[:, 0::2], x_BM[:, 1::2]), dim=1)
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "cpu" else x.dtype
+
+
+# ---- modules
+
+
+class GroupInt4Linear(PackedLinear):
+    """4 bits per weight, one float16 scale per row and group of columns. Frozen: only the input gets a gradient."""
+
+    bits = 4
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        group_size: int = 64,
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: it would allocate a float weight
+        self.in_features, self.out_features = in_features, out_features
+        groups = in_features // group_size_for(in_features, group_size)
+        stored = torch.full((out_features, in_features // 2), 0x88, dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(stored, requires_grad=False)
+        self.register_buffer("weight_scale", torch.ones(out_features, groups, dtype=torch.float16, device=device))
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False)
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale."""
+        return self.in_features // self.weight_scale.shape[1]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight as floats [out, in]."""
+        return dequantize_groups(self.weight, self.weight_scale, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._with_bias(group_product(x, self.weight, self.weight_scale))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, group_size={self.group_size}"
+
+
+class GroupInt4Embedding(nn.Embedding):
+    """An embedding table of grouped INT4; only the rows that are looked up become floats (float32). Frozen.
+
+    Its `weight` and `weight_scale` may be those of a `GroupInt4Linear` head.
+    """
+
+    weight_scale: torch.Tensor
+    bits = 4
+
+    def __init__(self, weight_NP: torch.Tensor, scale_NG: torch.Tensor) -> None:
+        nn.Module.__init__(self)  # not nn.Embedding's: it would allocate a float table
+        self.num_embeddings, self.embedding_dim = weight_NP.shape[0], 2 * weight_NP.shape[1]
+        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
+        self.scale_grad_by_freq = self.sparse = False
+        self.weight = nn.Parameter(weight_NP, requires_grad=False)
+        self.register_buffer("weight_scale", scale_NG)
+
+    @property
+    def num_weights(self) -> int:
+        """Weights the table stands for, not the bytes it takes."""
+        return self.num_embeddings * self.embedding_dim
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = ids.reshape(-1)
+        table = dequantize_groups(self.weight[rows], self.weight_scale[rows])
+        return table.view(*ids.shape, self.embedding_dim)
