@@ -8,7 +8,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from pingjia.tune.batches import longest_micro
-from pingjia.tune.frozen import layers_of, num_frozen_layers
+from pingjia.tune.frozen import layers_of, network_of, num_frozen_layers
 from pingjia.tune.groups import layer_of
 from pingjia.tune.loop import Run
 from pingjia.tune.memory import Adapters, Held, MemoryPlan, NetworkShape, Work, plan_memory
@@ -18,7 +18,7 @@ from pingjia.types import Encoded
 
 def forecast(run: Run) -> MemoryPlan:
     """What the run will hold at its peak if it computes as its recipe says, the longest micro-batch of all phases."""
-    config = run.model.get_base_model().config
+    config = network_of(run.model).config
     return plan_memory(
         NetworkShape.of(config),
         _adapters(run),
@@ -36,6 +36,8 @@ def _longest(run: Run) -> list[Encoded]:
 
 def _adapters(run: Run) -> Adapters:
     layers = {n: m for n, m in run.model.named_modules() if isinstance(m, LoraLayer) and m.lora_A}
+    if not layers:
+        return _learning_linears(run.model)
     return Adapters(
         inputs={name: module.in_features for name, module in layers.items()},
         ranks={name: sum(module.r.values()) for name, module in layers.items()},
@@ -44,13 +46,21 @@ def _adapters(run: Run) -> Adapters:
     )
 
 
+def _learning_linears(model: torch.nn.Module) -> Adapters:
+    """Of a run that trains the network itself: a linear that learns keeps its input, as the A of an adapter does."""
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m.weight.requires_grad}
+    head = network_of(model).get_output_embeddings()
+    inputs = {name: linear.in_features for name, linear in linears.items() if linear is not head}
+    return Adapters(inputs=inputs, ranks={}, dropout=False, mask_bytes=0)
+
+
 def _work(run: Run, rows: list[Encoded]) -> Work:
     learning = [layer_of(name) or 0 for name, p in run.model.named_parameters() if p.requires_grad]
     return Work(
         row_tokens=tuple(len(row.ids) for row in rows),
         num_learnt=sum(row.num_learnt for row in rows),
         num_learning_layers=len(layers_of(run.model)) - min(learning, default=0),
-        element_bytes=run.model.get_base_model().dtype.itemsize,
+        element_bytes=network_of(run.model).dtype.itemsize,
         checkpointing=run.settings.gradient_checkpointing,
     )
 
@@ -71,5 +81,5 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 def _kept_states(run: Run, hidden: int) -> int:
     if not num_frozen_layers(run.model):
         return 0
-    size = run.model.get_base_model().dtype.itemsize
+    size = network_of(run.model).dtype.itemsize
     return min(int(run.settings.activation_cache_gb * 1e9), hidden * size * sum(len(row.ids) for row in run.rows))

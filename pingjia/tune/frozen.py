@@ -12,16 +12,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from pingjia.models.attention import PackedSequences
 from pingjia.models.family import Family
 from pingjia.tune.groups import layer_of
 from pingjia.tune.swap import swapped_forward
 from pingjia.types import Encoded
+
+Model: TypeAlias = PeftModel | PreTrainedModel
+"""What is trained: an adapter on a network, or weights of the network itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,11 @@ class Entering:
 
     states_1TH: torch.Tensor
     below: tuple[torch.nn.Module, ...]
+
+
+def network_of(model: Any) -> Any:
+    """The network itself, with an adapter on it or without."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
@@ -57,8 +66,8 @@ def _draws_noise(model: torch.nn.Module, count: int) -> bool:
 class FrozenLayers:
     """Takes rows through the layers below `count`, without gradients, and remembers what came out."""
 
-    def __init__(self, model: PeftModel, family: Family, count: int, budget_bytes: int) -> None:
-        self._network = model.get_base_model()
+    def __init__(self, model: Model, family: Family, count: int, budget_bytes: int) -> None:
+        self._network = network_of(model)
         layers = layers_of(self._network)
         self._below, self._first, self._above = tuple(layers[:count]), layers[count], tuple(layers[count + 1 :])
         self._family, self._left_bytes = family, budget_bytes

@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterable
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from peft import PeftModel
 
 from pingjia.errors import TrainingError
 from pingjia.models.device import free_bytes, has_bfloat16, limit_device_memory
 from pingjia.quant.formats import FORMATS, PackedLinear
 from pingjia.quant.half import HalfLinear
-from pingjia.tune.frozen import layers_of
+from pingjia.tune.frozen import Model, layers_of, network_of
 from pingjia.tune.ladder import HALF, INT4, INT8, Rung, next_step, path, skipped_of
 from pingjia.tune.settings import TuneSettings
 
@@ -66,7 +65,7 @@ class MemoryLimit:
             layer.register_forward_pre_hook(self)
 
 
-def limit_memory(model: PeftModel, layers: Iterable[torch.nn.Module], limit_gb: float | None) -> Callable[[], None]:
+def limit_memory(model: Model, layers: Iterable[torch.nn.Module], limit_gb: float | None) -> Callable[[], None]:
     """Hold the run to `limit_gb`, or on a CPU to what is free. Returns what to call between micro-batches."""
     device = model.device
     if device.type == "cpu":
@@ -105,7 +104,7 @@ def return_freed_memory() -> None:
 class Memory:
     """Which rung a run stands on, and how it gets to the next one."""
 
-    def __init__(self, model: PeftModel, rung: Rung, settings: TuneSettings) -> None:
+    def __init__(self, model: Model, rung: Rung, settings: TuneSettings) -> None:
         self._model, self.rung = model, rung
         return_freed_memory()
         self._refused = refusals(model)
@@ -138,13 +137,13 @@ class Memory:
 # ---- using less
 
 
-def refusals(model: PeftModel) -> dict[str, str]:
+def refusals(model: Model) -> dict[str, str]:
     """Rungs that this network cannot stand on: HALF, INT8, INT4 -> why."""
     found: dict[str, str] = {}
     linears = base_linears(model)
     bits = min((m.bits for _, m in linears if isinstance(m, PackedLinear)), default=None)
-    if bits is not None or model.get_base_model().dtype != torch.float32:
-        stored = f"{bits} bits" if bits is not None else str(model.get_base_model().dtype).removeprefix("torch.")
+    if bits is not None or network_of(model).dtype != torch.float32:
+        stored = f"{bits} bits" if bits is not None else str(network_of(model).dtype).removeprefix("torch.")
         found[HALF] = f"the base is stored in {stored} already"
     elif not has_bfloat16(model.device):
         found[HALF] = "this device has no bfloat16; float16 needs its loss scaled from the start: dtype=float16"
@@ -152,15 +151,17 @@ def refusals(model: PeftModel) -> dict[str, str]:
         found[INT8] = f"the base is stored in {bits} bits already"
     if bits == 4:
         found[INT4] = "the base is stored in 4 bits already"
-    if any(config.use_dora for config in model.peft_config.values()):
+    if any(config.use_dora for config in getattr(model, "peft_config", {}).values()):
         found[INT8] = found[INT4] = "use_dora reads the weights as floats"
+    if any(m.weight.requires_grad for _, m in linears):
+        found[HALF] = found[INT8] = found[INT4] = "the base's own weights learn, and rounded they could not"
     odd = next((n for n, m in linears if m.in_features % 2), None)
     if odd is not None:
         found.setdefault(INT4, f"it packs columns in pairs, and {odd} has an odd number of them")
     return found
 
 
-def apply_rung(model: PeftModel, before: Rung, after: Rung) -> None:
+def apply_rung(model: Model, before: Rung, after: Rung) -> None:
     """Change the network to compute as `after` says. Adapters stay as they are, and so do their optimizer's states."""
     if after.checkpointing and not before.checkpointing:
         checkpoint_activations(model)
@@ -170,14 +171,14 @@ def apply_rung(model: PeftModel, before: Rung, after: Rung) -> None:
         pack_base(model, after.bits)
 
 
-def checkpoint_activations(model: PeftModel) -> None:
+def checkpoint_activations(model: Model) -> None:
     """Layers keep their input only and compute the rest again in the backward pass."""
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    network_of(model).gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def base_linears(model: PeftModel) -> list[tuple[str, torch.nn.Linear]]:
+def base_linears(model: Model) -> list[tuple[str, torch.nn.Linear]]:
     """The linears of the base, under adapters or not; not the head."""
-    base = model.get_base_model()
+    base = network_of(model)
     head = base.get_output_embeddings()
     return [
         (name, module)
@@ -186,7 +187,7 @@ def base_linears(model: PeftModel) -> list[tuple[str, torch.nn.Linear]]:
     ]
 
 
-def store_half(model: PeftModel) -> None:
+def store_half(model: Model) -> None:
     """Keep the base in bfloat16. On a CPU only its linears, widened to float32 for every product: arithmetic in half
     precision is up to 200 times slower there."""
     if model.device.type != "cpu":
@@ -202,11 +203,11 @@ def store_half(model: PeftModel) -> None:
         _replace(model, name, half)
 
 
-def pack_base(model: PeftModel, bits: int) -> None:
+def pack_base(model: Model, bits: int) -> None:
     """Round the base's linears to `bits`, from whatever they are stored in now."""
     for name, linear in base_linears(model):
         _replace(model, name, FORMATS[f"int{bits}"].of(_as_floats(linear)))
-    model.get_base_model().config.quantization_bit = bits
+    network_of(model).config.quantization_bit = bits
 
 
 def _as_floats(linear: torch.nn.Linear) -> torch.nn.Linear:
@@ -218,6 +219,6 @@ def _as_floats(linear: torch.nn.Linear) -> torch.nn.Linear:
     return floats
 
 
-def _replace(model: PeftModel, name: str, module: torch.nn.Module) -> None:
+def _replace(model: Model, name: str, module: torch.nn.Module) -> None:
     parent, _, child = name.rpartition(".")
-    setattr(model.get_base_model().get_submodule(parent), child, module)
+    setattr(network_of(model).get_submodule(parent), child, module)
