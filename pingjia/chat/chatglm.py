@@ -26,11 +26,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pingjia.chat.calls import python_call
-from pingjia.chat.sentencepieces import PieceStream, Vocabulary
+from pingjia.chat.sentencepieces import SPACE, PieceStream, Vocabulary
 from pingjia.chat.text_stages import ChinesePunctuation, CleanUpSpaces, Replace, StagedStream, Strip, TextStage
 from pingjia.chat.tokenizer import (
     StreamDecoder,
@@ -195,6 +196,20 @@ class _SentencePieceTokenizer:
         name = next((name for name, special in self.special_ids.items() if special == token), None)
         return None if name is None else _SPECIAL_TEXTS.get(name, f"<{name}>")
 
+    def token_bytes(self, token: int) -> bytes | None:
+        is_text = 0 <= token < len(self._vocabulary) and token not in self._wordless
+        piece = self._vocabulary.pieces[token] if is_text else None
+        if piece is None or isinstance(piece, bytes):
+            return piece or b""
+        return self._restored.get(piece, piece.replace(SPACE, " ")).encode()
+
+    @cached_property
+    def _wordless(self) -> frozenset[int]:
+        unknown = self._vocabulary.id_of("<unk>")
+        return self._silent_ids().union(self.special_ids.values(), () if unknown is None else (unknown,))
+
+    _restored: ClassVar[Mapping[str, str]] = {}
+
     def _silent_ids(self) -> frozenset[int]:
         return frozenset()
 
@@ -303,6 +318,8 @@ class ChatGLMTokenizer(_SentencePieceTokenizer):
 
     def stream(self) -> StreamDecoder:
         return _Without(self.pad_id, super().stream())
+
+    _restored = _RESTORED
 
     def _stages(self) -> list[TextStage]:
         return [Replace(_RESTORED), CleanUpSpaces()]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pingjia.chat.dialect import Dialect, Tools, find_dialect
-from pingjia.chat.pieces import stream_factory
+from pingjia.chat.pieces import stream_factory, token_bytes
 from pingjia.chat.specials import Marked, Specials
 from pingjia.chat.template import ChatTemplate, Clock
 from pingjia.chat.tokenizer import StreamDecoder, as_messages, check_example, check_text, learn_answers
@@ -122,6 +122,16 @@ class HFTokenizer:
 
     def special_text(self, token: int) -> str | None:
         return self._vocabulary.id_to_token(token) if token in self._special_ids else None
+
+    def token_bytes(self, token: int) -> bytes | None:
+        text = None if token in self._special_ids else self._vocabulary.id_to_token(token)
+        if self._to_bytes is None:
+            return None
+        return b"" if text is None else self._to_bytes(text)
+
+    @cached_property
+    def _to_bytes(self) -> Callable[[str], bytes] | None:
+        return token_bytes(self._vocabulary)
 
     # ---- conversations
 

@@ -93,6 +93,13 @@ class Tokenizer(Protocol):
         """How a special token is written, <|im_end|> say; None for a token of text."""
         ...
 
+    def token_bytes(self, token: int) -> bytes | None:
+        """What a token adds to a text, before any finishing touches; b"" for a special token.
+
+        None where a token alone has no fixed bytes (word pieces).
+        """
+        ...
+
     def save(self, directory: Path) -> None:
         """Write the files from which `load_tokenizer` makes an equal tokenizer."""
         ...

@@ -90,6 +90,12 @@ class KVPool:
         for tensor in (*self.k.values(), *self.v.values()):
             tensor[pages] = 0
 
+    def copy(self, pages: list[tuple[int, int]]) -> None:
+        """Copy whole pages, (from, to) each, in every layer: what a forked answer goes on from."""
+        sources, targets = [list(side) for side in zip(*pages, strict=True)] if pages else ([], [])
+        for tensor in (*self.k.values(), *self.v.values()):
+            tensor[targets] = tensor[sources]
+
     def gather(self, layer_idx: int, pages_NP: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [N, K, S, D] of the first `num_keys` tokens on these pages; valid until the next gather."""
         return (
