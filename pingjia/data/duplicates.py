@@ -1,4 +1,4 @@
-"""Rows that say what another row says: exactly, nearly, and across training and held-out files.
+"""Rows that say what another row says: exactly, or nearly. (Across training and held-out files: leaks.py.)
 
 Signatures are made row by row, in any process; comparing them is sorting. MinHash by `rensa`, bands by numpy.
 
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from pingjia.data.columns import Column, gather, pieces
 from pingjia.types import Example, Message
 
 NUM_PERM = 128
@@ -30,7 +31,7 @@ NUM_BANDS = 21  # of 6 values each: a pair of similarity 0.85 meets in one of th
 _ROWS = NUM_PERM // NUM_BANDS
 _MAX_ROUNDS = 32  # of comparing all rows with the first of their buckets; what is open then, with its neighbours:
 _MAX_APART = 32
-_BATCH = 1 << 14
+_BATCH = 1 << 13
 
 # What two rows must have in common to be near, in lower case. A unit belongs to a number: 3年 is not 3个月.
 _ONES = "零〇一二两三四五六七八九十百千万亿半兩萬億壹贰貳叁參肆伍陆陸柒捌玖拾佰仟廿卅俩仨"
@@ -167,12 +168,12 @@ def _latin(words: list[str]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Signatures:
-    """Columns of N rows: exact_N2 (two uint64), question_N, bands_BN, minhash_NP. May lie on disk."""
+    """Columns of N rows: exact_N2 (two uint64), question_N, bands_BN, minhash_NP; each an array, or a file."""
 
-    exact: np.ndarray
-    question: np.ndarray
-    bands: np.ndarray
-    minhash: np.ndarray
+    exact: Column
+    question: Column
+    bands: Sequence[Column]
+    minhash: Column
 
     @classmethod
     def of(cls, rows: Sequence[Signature]) -> Signatures:
@@ -180,43 +181,42 @@ class Signatures:
         question = np.array([r.question for r in rows], np.uint64)
         bands = np.stack([r.bands for r in rows], axis=1) if rows else np.zeros((NUM_BANDS, 0), np.uint64)
         minhash = np.stack([r.minhash for r in rows]) if rows else np.zeros((0, NUM_PERM), np.uint8)
-        return cls(exact, question, bands, minhash)
+        return cls(exact, question, list(bands), minhash)
 
     def __len__(self) -> int:
         return len(self.question)
 
 
-def find_exact(signatures: Signatures) -> np.ndarray:
-    """int64 [N]: the first row with the same conversation, or -1 for the first itself."""
-    return _first_equal(_joined(signatures.exact))
+def find_exact(signatures: Signatures, alive: np.ndarray | None = None) -> np.ndarray:
+    """int32 [N]: the first row with the same conversation, or -1 for the first itself; of rows where `alive` only."""
+    size = len(signatures)
+    result = np.full(size, -1, np.int32)
+    for rows, exact in pieces(signatures.exact, _numbers(np.ones(size, bool) if alive is None else alive)):
+        ordered, start = _buckets(joined(exact), rows)
+        is_later = start != np.arange(len(ordered))
+        result[ordered[is_later]] = ordered[start[is_later]]
+    return result
 
 
-def _joined(exact: np.ndarray) -> np.ndarray:
+def _numbers(alive: np.ndarray) -> np.ndarray:
+    """int32: the rows where `alive`."""
+    return np.flatnonzero(alive).astype(np.int32)
+
+
+def joined(exact: np.ndarray) -> np.ndarray:
     """Both halves as one value that sorts and compares."""
     return np.ascontiguousarray(exact).view([("a", "<u8"), ("b", "<u8")]).reshape(-1)
 
 
-def _first_equal(keys: np.ndarray) -> np.ndarray:
-    result = np.full(len(keys), -1, np.int64)
-    if not len(keys):
-        return result
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    is_new = np.concatenate([[True], ordered[1:] != ordered[:-1]])
-    first = order[np.maximum.accumulate(np.where(is_new, np.arange(len(keys)), 0))]
-    result[order[~is_new]] = first[~is_new]
-    return result
-
-
 def find_near(signatures: Signatures, threshold: float, alive: np.ndarray) -> np.ndarray:
-    """int64 [N]: an earlier row that stays and is nearly the same, or -1.
+    """int32 [N]: an earlier row that stays and is nearly the same, or -1.
 
     Only rows where `alive` take part. Greedy in order: a row goes if it is near one that stays, so in a chain
     A ~ B ~ C with A and C apart, B goes and C stays. Similarity is estimated from the signatures (standard error 0.03).
-    Memory: about 40 bytes a row, however many rows are near each other.
+    Memory: about 16 bytes a row, however many rows are near each other.
     """
-    result = np.full(len(signatures), -1, np.int64)
-    rows = _with_neighbours(signatures, np.flatnonzero(alive))
+    result = np.full(len(signatures), -1, np.int32)
+    rows = _with_neighbours(signatures, _numbers(alive))
     for _ in range(_MAX_ROUNDS):
         if len(rows):
             rows = _follow_sure(signatures, threshold, rows, result)
@@ -226,25 +226,31 @@ def find_near(signatures: Signatures, threshold: float, alive: np.ndarray) -> np
 
 def _with_neighbours(signatures: Signatures, rows: np.ndarray) -> np.ndarray:
     """Those of `rows` that share a bucket with another."""
-    has_any = np.zeros(len(rows), bool)
+    has_any = np.zeros(len(signatures), bool)
     for band in signatures.bands:
-        keys = np.asarray(band)[rows]
-        order = np.argsort(keys)
-        keys = keys[order]
-        is_same = keys[1:] == keys[:-1]
-        has_any[order[1:][is_same]] = True
-        has_any[order[:-1][is_same]] = True
-    return rows[has_any]
+        for piece, keys in pieces(band, rows):
+            order = np.argsort(keys)
+            keys = keys[order]
+            is_same = keys[1:] == keys[:-1]
+            has_any[piece[order[1:][is_same]]] = True
+            has_any[piece[order[:-1][is_same]]] = True
+    return rows[has_any[rows]]
 
 
-def _buckets(keys_N: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _buckets(keys: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(`rows` sorted by bucket, then by number; for each the place where its bucket starts)."""
-    keys = np.asarray(keys_N)[rows]
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
     is_new = np.ones(len(keys), bool)
     is_new[1:] = keys[1:] != keys[:-1]
     return rows[order], np.maximum.accumulate(np.where(is_new, np.arange(len(keys)), 0))
+
+
+def _all_buckets(signatures: Signatures, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The buckets of all bands, as many at a time as are sorted together."""
+    for band in signatures.bands:
+        for piece, keys in pieces(band, rows):
+            yield _buckets(keys, piece)
 
 
 def _follow_sure(signatures: Signatures, threshold: float, rows: np.ndarray, result: np.ndarray) -> np.ndarray:
@@ -254,15 +260,15 @@ def _follow_sure(signatures: Signatures, threshold: float, rows: np.ndarray, res
     with all they meet then, so the next ones in their buckets are first. (Parallel greedy, arXiv:1202.3205.)
     """
     is_sure = np.ones(len(result), bool)
-    for band in signatures.bands:
-        ordered, start = _buckets(band, rows)
+    for ordered, start in _all_buckets(signatures, rows):
         is_sure[ordered[start != np.arange(len(ordered))]] = False
     for band in signatures.bands:
-        ordered, start = _buckets(band, rows[result[rows] == -1])
-        first = ordered[start]
-        met = (first != ordered) & is_sure[first]
-        later, earlier = _verified(signatures, ordered[met], signatures, first[met], threshold)
-        result[later] = earlier
+        for piece, keys in pieces(band, rows[result[rows] == -1]):
+            ordered, start = _buckets(keys, piece)
+            first = ordered[start]
+            met = (first != ordered) & is_sure[first]
+            later, earlier = verified(signatures, ordered[met], signatures, first[met], threshold)
+            result[later] = earlier
     return rows[(result[rows] == -1) & ~is_sure[rows]]
 
 
@@ -270,12 +276,12 @@ def _near_pairs(signatures: Signatures, threshold: float, rows: np.ndarray) -> n
     """int64 [pairs, 2]: (later, earlier) of those of `rows` that are near, in order."""
     size = max(1, len(signatures))
     found = np.zeros(0, np.int64)
-    for band in signatures.bands:
-        ordered, start = _buckets(band, rows)
+    for ordered, start in _all_buckets(signatures, rows):
         pairs = [_near_apart(signatures, threshold, ordered, start, apart) for apart in range(1, _MAX_APART + 1)]
         far = np.arange(len(ordered)) - start > _MAX_APART
-        pairs.append(_verified(signatures, ordered[far], signatures, ordered[start[far]], threshold))
-        found = np.unique(np.concatenate([found, *(later * size + earlier for later, earlier in pairs)]))
+        pairs.append(verified(signatures, ordered[far], signatures, ordered[start[far]], threshold))
+        coded = (later.astype(np.int64) * size + earlier for later, earlier in pairs)
+        found = np.unique(np.concatenate([found, *coded]))
     return np.stack(np.divmod(found, size), axis=1)
 
 
@@ -284,7 +290,7 @@ def _near_apart(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Near pairs of rows that are so far apart in one bucket."""
     at = np.flatnonzero(np.arange(len(ordered)) - start >= apart)
-    return _verified(signatures, ordered[at], signatures, ordered[at - apart], threshold)
+    return verified(signatures, ordered[at], signatures, ordered[at - apart], threshold)
 
 
 def _settle(pairs: np.ndarray, result: np.ndarray) -> None:
@@ -294,14 +300,15 @@ def _settle(pairs: np.ndarray, result: np.ndarray) -> None:
             result[later] = earlier
 
 
-def _verified(
+def verified(
     left: Signatures, left_rows: np.ndarray, right: Signatures, right_rows: np.ndarray, threshold: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Those pairs of `left_rows` and `right_rows` that are near."""
     is_near = np.zeros(len(left_rows), bool)
     for start in range(0, len(left_rows), _BATCH):
-        a, b = left_rows[start : start + _BATCH], right_rows[start : start + _BATCH]
-        is_near[start : start + _BATCH] = similarity(left.minhash[a], right.minhash[b]) >= threshold
+        batch = slice(start, start + _BATCH)
+        a, b = gather(left.minhash, left_rows[batch]), gather(right.minhash, right_rows[batch])
+        is_near[batch] = similarity(a, b) >= threshold
     return left_rows[is_near], right_rows[is_near]
 
 
@@ -310,52 +317,3 @@ def similarity(left_NP: np.ndarray, right_NP: np.ndarray) -> np.ndarray:
     (b-bit minwise hashing, arXiv:0910.3349)."""
     equal = (left_NP == right_NP).mean(axis=-1)
     return np.asarray((256 * equal - 1) / 255)
-
-
-def find_leaks(rows: Signatures, held_out: Signatures, near: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 [N] held-out row or -1, [N] how: b"", b"row", b"question" or b"near") for every training row.
-
-    A training row leaks when it equals a held-out row, asks a held-out question, or (with `near`) nearly equals one.
-    """
-    where, how = np.full(len(rows), -1, np.int64), np.zeros(len(rows), "S8")
-    if not len(held_out):
-        return where, how
-    for kind, left, right in (
-        (b"row", _joined(rows.exact), _joined(held_out.exact)),
-        (b"question", np.asarray(rows.question), np.asarray(held_out.question)),
-    ):
-        _note(where, how, kind, _lookup(left, right))
-    if near is not None:
-        for mine, theirs in zip(rows.bands, held_out.bands, strict=True):
-            _note(where, how, b"near", _near_in(rows, held_out, np.asarray(mine), np.asarray(theirs), near))
-    return where, how
-
-
-def _note(where: np.ndarray, how: np.ndarray, kind: bytes, found: np.ndarray) -> None:
-    new = (where == -1) & (found >= 0)
-    where[new], how[new] = found[new], kind
-
-
-def _lookup(keys: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """For every key the first place in `among` that equals it, or -1."""
-    order = np.argsort(among, kind="stable")
-    at = np.minimum(np.searchsorted(among[order], keys), len(among) - 1)
-    return np.where(among[order][at] == keys, order[at], -1)
-
-
-def _near_in(
-    rows: Signatures, held_out: Signatures, mine_N: np.ndarray, theirs_M: np.ndarray, threshold: float
-) -> np.ndarray:
-    """As `_lookup` for one band, with candidates checked; every held-out row of a bucket is tried."""
-    result = np.full(len(mine_N), -1, np.int64)
-    order = np.argsort(theirs_M, kind="stable")
-    theirs_M = theirs_M[order]
-    at = np.searchsorted(theirs_M, mine_N)
-    left = np.flatnonzero(theirs_M[np.minimum(at, len(theirs_M) - 1)] == mine_N)
-    at, end = at[left], np.searchsorted(theirs_M, mine_N[left], "right")
-    while len(left):
-        found, candidates = _verified(rows, left, held_out, order[at], threshold)
-        result[found] = candidates
-        is_open = (result[left] == -1) & (at + 1 < end)
-        left, at, end = left[is_open], at[is_open] + 1, end[is_open]
-    return result

@@ -154,10 +154,10 @@ def _arrays(part: Part) -> dict[str, np.ndarray]:
     made = part.signatures
     return {
         "columns": part.columns_R,
-        "exact": made.exact,
-        "question": made.question,
-        "bands": made.bands,
-        "minhash": made.minhash,
+        "exact": np.asarray(made.exact),
+        "question": np.asarray(made.question),
+        "bands": np.asarray(made.bands),
+        "minhash": np.asarray(made.minhash),
         "domains": np.array(part.domains, dtype=str),
         "files": np.array(part.files, dtype=str),
     }

@@ -244,14 +244,15 @@ class _Preparation:
 
     def _compare(self, name: Comparison, pairs: Iterator[Pair], threshold: float, verdicts: Verdicts) -> None:
         scores = Scores(threshold, Histogram.even(0, 1, 50))
-        # All scores before the first verdict: `_alive` must not see a row vanish while it is being read.
-        judged = list(judge_pairs(pairs, self._encoder(), name, threshold))
-        for one in judged:
+        below: dict[int, Finding] = {}  # no verdict before the last score: `_alive` must not see a row vanish
+        for one in judge_pairs(pairs, self._encoder(), name, threshold):
             self._familiarity.add(one)
             scores.histogram.add([one.f1])
             if one.finding is not None:
-                scores.num_below += 1
-                verdicts.reject_for(one.row, one.finding)
+                below[one.row] = one.finding
+        scores.num_below = len(below)
+        for row, finding in below.items():
+            verdicts.reject_for(row, finding)
         self._tally.report.quality[name] = scores
 
     # ---- augmentation
@@ -290,7 +291,7 @@ class _Preparation:
         return makers
 
     def _filters(self, held_out: Table) -> Filters:
-        questions = np.sort(np.asarray(held_out.signatures.question))
+        questions = np.sort(held_out.signatures.question[:])
         threshold = self._settings.quality.augmented
         similarity = self._similarity(threshold) if threshold is not None else None
         return Filters(lambda text: _is_in(text_digest(text), questions), similarity, threshold)
@@ -333,7 +334,7 @@ class _Preparation:
     def _group(self, table: Table, verdicts: Verdicts) -> None:
         """Domains by meaning for the kept records that have none."""
         num_clusters = self._settings.domains.clusters
-        rows = np.flatnonzero(verdicts.alive() & (table.columns_R["domain"] == 0))
+        rows = np.flatnonzero(verdicts.alive() & (table.domain_R == 0))
         if num_clusters is None or not len(rows):
             return
         self._job.on_stage("domains")
@@ -350,7 +351,7 @@ class _Preparation:
         found = cluster(texts, len(rows), self._encoder().sentence_vectors, num_clusters, self._settings.seed)
         first = len(table.domains)
         table.domains.extend(found.names)
-        table.columns_R["domain"][rows] = first + found.label
+        table.domain_R[rows] = first + found.label
         self._grouped_from = first
 
     _grouped_from: int | None = None
@@ -421,7 +422,7 @@ class _Preparation:
     def _value(self, row: int, line: Line, table: Table, verdicts: Verdicts) -> dict[str, Any]:
         """The row to train on, with its weight and the domain it was grouped into."""
         assert isinstance(line.row, dict)
-        value, weight, domain = line.row, float(verdicts.weight[row]), int(table.columns_R["domain"][row])
+        value, weight, domain = line.row, float(verdicts.weight[row]), int(table.domain_R[row])
         if weight != 1:
             value = {**value, "weight": round(weight * float(value.get("weight", 1)), 6)}
         if self._grouped_from is not None and domain >= self._grouped_from:

@@ -38,13 +38,27 @@ class SharePlan:
         return int(self.drop.sum())
 
 
+def share_as_it_is(num_han: int, num_letters: int, min_share: float) -> SharePlan | None:
+    """The plan that leaves nothing out, if that will do."""
+    wanted = _fraction(min_share)
+    if num_letters and wanted.denominator * num_han < wanted.numerator * num_letters:
+        return None
+    share = num_han / num_letters if num_letters else None
+    return SharePlan(share, share, np.zeros(0, bool))
+
+
+def _fraction(share: float) -> Fraction:
+    """0.7 is 7/10: whole numbers from here on."""
+    return Fraction(str(share)).limit_denominator(10**6)
+
+
 def plan_zh_share(han_N: np.ndarray, letters_N: np.ndarray, min_share: float) -> SharePlan:
     """The least Chinese rows, as few as will do, so that han / letters of the rest is at least `min_share`.
 
     Rows are left out in the order of what they cost the share (min_share * letters - han), the earlier row first among
     equals; no set of fewer rows would do. Raises DataError when not even the purest row reaches the minimum.
     """
-    wanted = Fraction(str(min_share)).limit_denominator(10**6)  # 0.7 is 7/10: whole numbers from here on
+    wanted = _fraction(min_share)
     han, letters = han_N.astype(np.int64), letters_N.astype(np.int64)
     total = int(letters.sum())
     before = int(han.sum()) / total if total else None

@@ -1,66 +1,75 @@
-"""The columns of all parts as one table: what is decided over all rows at once. Large columns lie on disk."""
+"""The columns of all parts as one table: what is decided over all rows at once. Columns lie on disk."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from pingjia.data.columns import FileColumn
 from pingjia.data.duplicates import NUM_BANDS, NUM_PERM, Signatures
-from pingjia.data.parts import COLUMNS, Part, Parts
+from pingjia.data.parts import Part, Parts
 from pingjia.errors import StorageError
 
-_FILES = ("exact", "question", "minhash", *(f"band{i}" for i in range(NUM_BANDS)))
+_BANDS = tuple(f"band{i}" for i in range(NUM_BANDS))
+_SIGNATURES = ("exact", "question", "minhash", *_BANDS)
+_STORED = {"chars": "<u4", "tokens": "<u4", "han": "<u4", "letters": "<u4", "lang": "S8", "file": "<u2", "line": "<u4"}
 
 
 @dataclass(slots=True)
 class Table:
-    """R records in order. `signatures` are those of the K kept ones, whose rows are `kept_K`.
+    """R records in order. `signatures` are those of the K kept ones, whose rows are `kept_K` (int32).
 
-    `domains[0]` is "-", none. In memory: about 40 bytes a record; the signatures are files that are mapped.
+    `domain_R` (uint16) counts `domains`, of which the first is "-", none. In memory: 6 bytes a record; all else is in
+    files, read a chunk at a time.
     """
 
-    columns_R: np.ndarray
+    columns: Mapping[str, FileColumn]
+    domain_R: np.ndarray
     kept_K: np.ndarray
     signatures: Signatures
     domains: list[str]
     files: list[str]
 
     def __len__(self) -> int:
-        return len(self.columns_R)
+        return len(self.domain_R)
 
     def where(self, row: int) -> str:
         """ "file:line" of a record."""
-        return f"{self.files[self.columns_R['file'][row]]}:{self.columns_R['line'][row]}"
+        file, line = (int(self.columns[name][row : row + 1][0]) for name in ("file", "line"))
+        return f"{self.files[file]}:{line}"
 
     def domain_names(self) -> np.ndarray:
         """object [R]: the domain of each record, "-" for none."""
-        return np.array(self.domains, dtype=object)[self.columns_R["domain"]]
+        return np.array(self.domains, dtype=object)[self.domain_R]
 
 
 def assemble(folders: Sequence[Parts], scratch: Path) -> Table:
-    """Join the parts of several folders, in order. The signatures go to files in `scratch`, which is overwritten."""
+    """Join the parts of several folders, in order. The columns go to files in `scratch`, which is overwritten."""
     domains, files = _Names(["-"]), _Names([])
-    columns: list[np.ndarray] = []
+    domain, kept, size = array("H"), array("i"), 0
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        out = {name: open(scratch / name, "wb") for name in _FILES}  # noqa: SIM115  closed below
-        try:
+        with ExitStack() as stack:
+            out = {name: stack.enter_context(open(scratch / name, "wb")) for name in (*_STORED, *_SIGNATURES)}
             for parts in folders:
                 for number in parts.numbers():
                     part = parts.read(number)
-                    columns.append(_renumbered(part, domains, files))
-                    _append(out, part.signatures)
-        finally:
-            for file in out.values():
-                file.close()
+                    columns = _renumbered(part, domains, files)
+                    domain.frombytes(columns["domain"].tobytes())
+                    kept.frombytes((size + np.flatnonzero(columns["kept"])).astype(np.int32).tobytes())
+                    size += len(columns)
+                    _append(out, columns, part.signatures)
     except OSError as e:
         raise StorageError(f"{scratch}: cannot be written: {e.strerror or e}") from None
-    table = np.concatenate(columns) if columns else np.zeros(0, COLUMNS)
-    return Table(table, np.flatnonzero(table["kept"]), _mapped(scratch), domains.names, files.names)
+    stored = {name: FileColumn(scratch / name, dtype) for name, dtype in _STORED.items()}
+    domain_R, kept_K = np.frombuffer(domain, np.uint16), np.frombuffer(kept, np.int32)
+    return Table(stored, domain_R, kept_K, _signatures(scratch), domains.names, files.names)
 
 
 class _Names:
@@ -84,35 +93,20 @@ def _renumbered(part: Part, domains: _Names, files: _Names) -> np.ndarray:
     return columns
 
 
-def _append(out: Mapping[str, BinaryIO], signatures: Signatures) -> None:
-    if not len(signatures):
-        return
-    out["exact"].write(np.ascontiguousarray(signatures.exact, "<u8").data)
-    out["question"].write(np.ascontiguousarray(signatures.question, "<u8").data)
-    out["minhash"].write(np.ascontiguousarray(signatures.minhash, "u1").data)
-    for number in range(NUM_BANDS):
-        out[f"band{number}"].write(np.ascontiguousarray(signatures.bands[number], "<u8").data)
+def _append(out: Mapping[str, BinaryIO], columns: np.ndarray, signatures: Signatures) -> None:
+    for name, dtype in _STORED.items():
+        out[name].write(columns[name].astype(dtype).tobytes())
+    out["exact"].write(np.ascontiguousarray(signatures.exact, "<u8").tobytes())
+    out["question"].write(np.ascontiguousarray(signatures.question, "<u8").tobytes())
+    out["minhash"].write(np.ascontiguousarray(signatures.minhash, "u1").tobytes())
+    for name, keys in zip(_BANDS, signatures.bands, strict=True):
+        out[name].write(np.ascontiguousarray(keys, "<u8").tobytes())
 
 
-class _Bands(Sequence[np.ndarray]):
-    """The bands, each read from its file when it is wanted: one at a time in memory."""
-
-    def __init__(self, scratch: Path) -> None:
-        self._scratch = scratch
-
-    def __len__(self) -> int:
-        return NUM_BANDS
-
-    def __getitem__(self, number: int) -> np.ndarray:  # type: ignore[override]
-        if not 0 <= number < NUM_BANDS:
-            raise IndexError(number)
-        return np.fromfile(self._scratch / f"band{number}", "<u8")
-
-
-def _mapped(scratch: Path) -> Signatures:
-    exact = np.fromfile(scratch / "exact", "<u8").reshape(-1, 2)
-    question = np.fromfile(scratch / "question", "<u8")
-    if not len(question):
-        return Signatures.of([])
-    minhash = np.memmap(scratch / "minhash", "u1", "r", shape=(len(question), NUM_PERM))
-    return Signatures(exact, question, _Bands(scratch), minhash)  # type: ignore[arg-type]
+def _signatures(scratch: Path) -> Signatures:
+    return Signatures(
+        FileColumn(scratch / "exact", "<u8", 2),
+        FileColumn(scratch / "question", "<u8"),
+        [FileColumn(scratch / name, "<u8") for name in _BANDS],
+        FileColumn(scratch / "minhash", "u1", NUM_PERM),
+    )

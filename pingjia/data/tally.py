@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from pingjia.chat.tokenizer import Tokenizer
 from pingjia.data.augment import AugmentCounts
+from pingjia.data.columns import chunks
 from pingjia.data.encode import encode_example
 from pingjia.data.files import resolve
 from pingjia.data.histogram import Histogram
@@ -23,7 +24,7 @@ from pingjia.data.rendered import render_example
 from pingjia.data.report import MAX_SAMPLES, DataReport, Rule, Sample, Share, Stage, shorten
 from pingjia.data.settings import DataSettings, PrepareSettings
 from pingjia.data.table import Table
-from pingjia.data.verdicts import Verdicts
+from pingjia.data.verdicts import KEPT, Verdicts, letters_of
 
 _NUM_EXAMPLES = 3
 
@@ -89,20 +90,20 @@ class Tally:
 
     def columns(self, table: Table, verdicts: Verdicts) -> None:
         """Lengths, languages, domains and the share of Chinese, before and after."""
-        columns, alive = table.columns_R, verdicts.alive()
-        has_text, times = columns["chars"] > 0, np.where(alive, verdicts.times, 0)
-        report = self.report
+        report, times = self.report, np.where(verdicts.alive(), verdicts.times, 0)
+        has_text = np.zeros(len(table), bool)
         report.lengths = Histogram.whole(report.cutoff_len)
-        report.lengths.add(columns["tokens"][alive])
-        report.zh_before = _zh_share(columns, has_text.astype(np.int64))
-        report.zh_after = _zh_share(columns, times)
-        # Numbers for names: a string of its own for every row would be most of the memory of a large set.
-        codes, lang = np.unique(columns["lang"], return_inverse=True)
-        languages = [code.decode() for code in codes.tolist()]
-        chars = columns["chars"].astype(np.int64)
-        report.languages = _shares(languages, lang, chars, times, np.ones(len(times), np.float32))
-        domains = _shares(table.domains, columns["domain"], chars, times, verdicts.weight)
-        report.domains = _with_wanted(domains, report.settings["domains"]["target"])
+        languages, domains = _Shares(), _Shares()
+        for chunk in chunks(len(table)):
+            chars = table.columns["chars"][chunk].astype(np.int64)
+            has_text[chunk] = chars > 0
+            report.lengths.add(table.columns["tokens"][chunk][verdicts.code[chunk] == KEPT])
+            languages.add(table.columns["lang"][chunk], chars, times[chunk], np.ones(len(chars), np.float32))
+            domains.add(table.domain_R[chunk], chars, times[chunk], verdicts.weight[chunk])
+        report.zh_before = _zh_share(*letters_of(table, has_text.astype(np.int32)))
+        report.zh_after = _zh_share(*letters_of(table, times))
+        report.languages = languages.named(lambda code: code.decode())
+        report.domains = _with_wanted(domains.named(table.domains.__getitem__), report.settings["domains"]["target"])
 
     def example(self, line: Line, tokenizer: Tokenizer) -> None:
         """Show a kept row as the model reads it, if few are shown yet."""
@@ -128,33 +129,36 @@ def _text(line: Line) -> str:
     return text.encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair can be in it
 
 
-def _zh_share(columns: np.ndarray, times: np.ndarray) -> float | None:
-    letters = int((columns["letters"] * times).sum())
-    return int((columns["han"] * times).sum()) / letters if letters else None
+def _zh_share(num_han: int, num_letters: int) -> float | None:
+    return num_han / num_letters if num_letters else None
 
 
-def _shares(
-    names: Sequence[str], number: np.ndarray, chars: np.ndarray, times: np.ndarray, weight: np.ndarray
-) -> list[Share]:
-    """A row for each name, the largest first; `number` says which name each record has.
+class _Shares:
+    """A row of the report for each language, or each domain. Records without text count nowhere: nothing could be read
+    of them."""
 
-    Records without text are no rows: nothing could be read of them.
-    """
-    found = []
-    for index in np.unique(number[chars > 0]).tolist():
-        mine = (number == index) & (chars > 0)
-        weights = weight[mine][times[mine] > 0]
-        found.append(
-            Share(
-                name=names[index],
-                num_before=int(mine.sum()),
-                num_after=int(times[mine].sum()),
-                weight=round(float(weights[0]), 6) if len(weights) else 1.0,
-                chars_before=int(chars[mine].sum()),
-                chars_after=int((chars * times)[mine].sum()),
+    def __init__(self) -> None:
+        self._rows: dict[Any, Share] = {}
+
+    def add(self, label: np.ndarray, chars: np.ndarray, times: np.ndarray, weight: np.ndarray) -> None:
+        """A chunk of records; `label` is the code or number of what each belongs to."""
+        for key in np.unique(label[chars > 0]).tolist():
+            mine = (label == key) & (chars > 0)
+            before = self._rows.get(key) or Share("", 0, 0, 1.0, 0, 0)
+            weights = weight[mine][times[mine] > 0]
+            self._rows[key] = replace(
+                before,
+                num_before=before.num_before + int(mine.sum()),
+                num_after=before.num_after + int(times[mine].sum()),
+                weight=round(float(weights[0]), 6) if len(weights) else before.weight,
+                chars_before=before.chars_before + int(chars[mine].sum()),
+                chars_after=before.chars_after + int((chars * times)[mine].sum()),
             )
-        )
-    return sorted(found, key=lambda share: -share.num_before)
+
+    def named(self, name: Callable[[Any], str]) -> list[Share]:
+        """The rows, the largest first."""
+        rows = (replace(self._rows[key], name=name(key)) for key in sorted(self._rows))
+        return sorted(rows, key=lambda share: -share.num_before)
 
 
 def _with_wanted(shares: list[Share], target: str | dict[str, float] | None) -> list[Share]:

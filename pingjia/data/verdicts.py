@@ -6,23 +6,25 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pingjia.data.duplicates import find_exact, find_leaks, find_near
+from pingjia.data.columns import chunks
+from pingjia.data.duplicates import find_exact, find_near
+from pingjia.data.leaks import NEARLY, SAME_QUESTION, SAME_ROW, find_leaks
 from pingjia.data.problems import Finding
 from pingjia.data.settings import DuplicateSettings, LanguageSettings
-from pingjia.data.shares import DomainPlan, SharePlan, plan_zh_share
+from pingjia.data.shares import DomainPlan, SharePlan, plan_zh_share, share_as_it_is
 from pingjia.data.table import Table
 from pingjia.errors import DataError
 
 KEPT, OWN_FAULT, EXACT, NEAR, LEAK_ROW, LEAK_QUESTION, LEAK_NEAR, QUALITY, SHARE, BALANCE = range(10)
 RULES = ("", "", "duplicate", "near_duplicate", "leak", "leak", "leak", "quality", "zh_share", "balance")
-_LEAKS = {b"row": LEAK_ROW, b"question": LEAK_QUESTION, b"near": LEAK_NEAR}
+_LEAKS = {SAME_ROW: LEAK_ROW, SAME_QUESTION: LEAK_QUESTION, NEARLY: LEAK_NEAR}
 
 
 @dataclass(slots=True)
 class Verdicts:
     """`code_R`: why a record is left out, KEPT if it is not. `other_R`: the record, or the held-out one, it repeats.
 
-    `times_R` and `weight_R`: how often a kept one is written, and its weight in the loss.
+    `times_R` and `weight_R`: how often a kept one is written, and its weight in the loss. 13 bytes a record.
     """
 
     code: np.ndarray
@@ -33,9 +35,10 @@ class Verdicts:
 
     @classmethod
     def of(cls, table: Table) -> Verdicts:
-        code = np.where(table.columns_R["kept"], KEPT, OWN_FAULT).astype(np.uint8)
         size = len(table)
-        return cls(code, np.full(size, -1, np.int64), np.ones(size, np.int64), np.ones(size, np.float32))
+        code = np.full(size, OWN_FAULT, np.uint8)
+        code[table.kept_K] = KEPT
+        return cls(code, np.full(size, -1, np.int32), np.ones(size, np.int32), np.ones(size, np.float32))
 
     def grown(self, table: Table) -> Verdicts:
         """The same verdicts with room for the records that a longer table has."""
@@ -74,26 +77,9 @@ def judge_duplicates(
             leaks = new & (how == kind)
             verdicts.reject(kept[leaks], code, held_out.kept_K[where[leaks]])
     if settings.exact:
-        _reject_repeated(kept, find_exact_alive(made, verdicts.alive()[kept]), new, verdicts, EXACT)
+        _reject_repeated(kept, find_exact(made, verdicts.alive()[kept]), new, verdicts, EXACT)
     if settings.near is not None and not first:
         _reject_repeated(kept, find_near(made, settings.near, verdicts.alive()[kept]), new, verdicts, NEAR)
-
-
-def find_exact_alive(signatures: object, alive_K: np.ndarray) -> np.ndarray:
-    """As `find_exact`, among the records that are alive."""
-    rows = np.flatnonzero(alive_K)
-    result = np.full(len(alive_K), -1, np.int64)
-    if len(rows):
-        found = find_exact(_Some(signatures.exact[rows]))  # type: ignore[attr-defined,arg-type]
-        result[rows[found >= 0]] = rows[found[found >= 0]]
-    return result
-
-
-@dataclass(frozen=True, slots=True)
-class _Some:
-    """The one column that `find_exact` reads."""
-
-    exact: np.ndarray
 
 
 def _reject_repeated(kept: np.ndarray, found: np.ndarray, new: np.ndarray, verdicts: Verdicts, code: int) -> None:
@@ -105,15 +91,27 @@ def judge_share(table: Table, verdicts: Verdicts, settings: LanguageSettings) ->
     """Leave out rows until enough of the letters are Chinese. DataError when that is to be refused, or out of reach."""
     if settings.min_zh_share is None:
         return None
+    han, letters = letters_of(table, np.where(verdicts.alive(), verdicts.times, 0))
+    if (plan := share_as_it_is(han, letters, settings.min_zh_share)) is not None:
+        return plan
     rows = np.flatnonzero(verdicts.alive())
     times = verdicts.times[rows]
     plan = plan_zh_share(
-        table.columns_R["han"][rows] * times, table.columns_R["letters"][rows] * times, settings.min_zh_share
+        table.columns["han"][:][rows] * times, table.columns["letters"][:][rows] * times, settings.min_zh_share
     )
     if plan.num_dropped and settings.action == "refuse":
         raise DataError(_refused(table, rows, plan, settings.min_zh_share))
     verdicts.reject(rows[plan.drop], SHARE)
     return plan
+
+
+def letters_of(table: Table, times_R: np.ndarray) -> tuple[int, int]:
+    """(Chinese letters, all letters) of the records, each counted as often as `times_R` says."""
+    found = np.zeros(2, np.int64)
+    for chunk in chunks(len(table)):
+        times = times_R[chunk]
+        found += [int((table.columns[name][chunk] * times).sum(dtype=np.int64)) for name in ("han", "letters")]
+    return int(found[0]), int(found[1])
 
 
 def _refused(table: Table, rows: np.ndarray, plan: SharePlan, minimum: float) -> str:

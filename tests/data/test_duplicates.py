@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pingjia.data import columns as column_files
 from pingjia.data import duplicates
 from pingjia.data.duplicates import (
     SHINGLE,
@@ -22,11 +23,11 @@ from pingjia.data.duplicates import (
     _must_agree,
     _plain,
     find_exact,
-    find_leaks,
     find_near,
     signature,
     similarity,
 )
+from pingjia.data.leaks import NEARLY, SAME_QUESTION, SAME_ROW, find_leaks
 from pingjia.types import Example, Message
 
 ALPHABET = (
@@ -281,6 +282,8 @@ def test_the_size_of_a_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
     leaks = find_leaks(_unlike(made), signatures(*rows[:40]), 0.7)
     assert (found >= 0).sum() > 50
     monkeypatch.setattr(duplicates, "_BATCH", 7)
+    monkeypatch.setattr(column_files, "CHUNK", 13)
+    monkeypatch.setattr(column_files, "PIECE", 40)
     assert find_near(made, 0.7, np.ones(150, bool)).tolist() == found.tolist()
     assert find_leaks(_unlike(made), signatures(*rows[:40]), 0.7)[0].tolist() == leaks[0].tolist()
 
@@ -330,8 +333,8 @@ def test_leaks_of_every_kind_and_no_other() -> None:
     )
     where, how = find_leaks(rows, held_out, 0.85)
     assert where.tolist() == [0, 0, 1, -1]
-    assert how.tolist() == [b"row", b"question", b"near", b""]
-    assert find_leaks(rows, held_out, None)[1].tolist() == [b"row", b"question", b"", b""]
+    assert how.tolist() == [SAME_ROW, SAME_QUESTION, NEARLY, 0]
+    assert find_leaks(rows, held_out, None)[1].tolist() == [SAME_ROW, SAME_QUESTION, 0, 0]
 
 
 def test_nothing_leaks_into_nothing() -> None:

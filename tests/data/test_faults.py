@@ -15,9 +15,10 @@ import pytest
 
 from pingjia.chat.tokenizer import Tokenizer
 from pingjia.data import Job, Problem, prepare, read_examples
-from pingjia.data.duplicates import Signatures, find_exact, find_leaks, find_near, signature
+from pingjia.data.duplicates import Signatures, find_exact, find_near, signature
 from pingjia.data.encode import encode_example
 from pingjia.data.language import identify
+from pingjia.data.leaks import NEARLY, SAME_QUESTION, SAME_ROW, find_leaks
 from pingjia.data.personal import find_personal, mask_example
 from pingjia.data.rules import RULES, check_rules
 from pingjia.data.settings import DataSettings, DuplicateSettings, PrepareSettings
@@ -145,7 +146,7 @@ def test_leaks(labels: dict[int, dict[str, Any]], examples: dict[int, Example]) 
     mine = Signatures.of([signature(example) for example in examples.values()])
     where, how = find_leaks(mine, theirs, DuplicateSettings().near)
     assert {line for line, at in zip(examples, where, strict=True) if at >= 0} == _with(labels, "leak").keys()
-    assert Counter(how[how != b""]) == {b"row": 4, b"question": 2, b"near": 3}
+    assert Counter(how[how > 0].tolist()) == {SAME_ROW: 4, SAME_QUESTION: 2, NEARLY: 3}
 
 
 def test_lengths(labels: dict[int, dict[str, Any]], examples: dict[int, Example], smollm2: Tokenizer) -> None:
