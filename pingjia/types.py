@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -108,11 +108,76 @@ class Encoded:
         return sum(self.learn)
 
 
+GRAMMARS = ("json_schema", "json_object", "regex", "choice")
+_MAX_GRAMMAR = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the text of an answer must look like; nothing else can be sampled. `kind` is one of GRAMMARS.
+
+    text: a JSON schema; nothing; a regular expression that the whole answer matches (no look-around, no back
+    references); a JSON list of strings, of which the answer is one. asked_as: what the caller calls this, for messages.
+    Raises RequestError for text that is too long or not what the kind says. Whether it can be met is the engine's to
+    say: it knows the tokens.
+    """
+
+    kind: str
+    text: str = ""
+    asked_as: str = dataclasses.field(default="grammar", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.kind not in GRAMMARS:
+            raise self.refusal(f"the kind must be one of {', '.join(GRAMMARS)}, not {self.kind!r}")
+        if len(self.text) > _MAX_GRAMMAR:
+            raise self.refusal(f"{len(self.text)} characters long; at most {_MAX_GRAMMAR} are read")
+        if self.kind in ("json_schema", "choice"):
+            self._check_json()
+
+    def refusal(self, reason: str) -> RequestError:
+        """The error that says why this grammar is not obeyed."""
+        return RequestError(f"{self.asked_as}: {reason}", param=self.asked_as.partition(".")[0], code="invalid_value")
+
+    def _check_json(self) -> None:
+        try:
+            value = json.loads(self.text)
+        except (ValueError, RecursionError) as e:
+            raise self.refusal(f"not JSON that can be read: {e}") from None
+        if self.kind == "json_schema" and not isinstance(value, dict | bool):
+            raise self.refusal(f"a schema is an object, not a {type(value).__name__}")
+        if self.kind == "choice" and not (isinstance(value, list) and value and all(isinstance(c, str) for c in value)):
+            raise self.refusal("choices are a list of at least one string")
+
+    @classmethod
+    def schema(cls, schema: Mapping[str, Any] | str, asked_as: str = "grammar") -> Grammar:
+        """JSON that a schema (an object or its JSON text) allows."""
+        return cls("json_schema", schema if isinstance(schema, str) else _json(schema, asked_as), asked_as)
+
+    @classmethod
+    def choice(cls, choices: Sequence[str], asked_as: str = "grammar") -> Grammar:
+        """One of these strings."""
+        return cls("choice", _json(list(choices), asked_as), asked_as)
+
+    @classmethod
+    def regex(cls, pattern: str, asked_as: str = "grammar") -> Grammar:
+        """Text that a regular expression matches from its beginning to its end."""
+        return cls("regex", pattern, asked_as)
+
+
+def _json(value: Any, asked_as: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise RequestError(f"{asked_as}: cannot be written as JSON: {e}", param=asked_as.partition(".")[0]) from None
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is chosen and when to stop. temperature 0 is greedy.
 
     With a `seed` the answer is a function of prompt, model and these fields alone, whatever else is in the batch.
+    n: answers to one prompt, with seeds seed, seed + 1, ... min_tokens: until then no end is sampled and no stop
+    string seen. logit_bias: token id -> what is added to its logit, -100 to 100; a mapping or pairs.
     Raises RequestError naming the field when a value is out of range.
     """
 
@@ -129,6 +194,11 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # number of alternatives to report per token; None: no logprobs
+    n: int = 1
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         for field, low, high in _RANGES:
@@ -141,6 +211,28 @@ class Sampling:
             raise RequestError("stop must not hold an empty string: it would end every answer at once", param="stop")
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
             raise RequestError(f"logprobs must be between 0 and 20, not {self.logprobs}", param="logprobs")
+        if self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}", param="min_tokens"
+            )
+        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+        self._check_grammar()
+
+    def _check_grammar(self) -> None:
+        """A grammar alone says where an answer may end."""
+        for field in ("min_tokens", "ignore_eos") if self.grammar else ():
+            if getattr(self, field):
+                raise RequestError(f"{field} and a grammar contradict each other; leave one out", param=field)
+
+
+def _checked_bias(bias: Mapping[int, float] | tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+    pairs = tuple(sorted(dict(bias).items()))
+    for token, value in pairs:
+        if type(token) is not int or token < 0:
+            raise RequestError(f"logit_bias: {token!r} is not a token id; give integers from 0", param="logit_bias")
+        if not -100 <= value <= 100:
+            raise RequestError(f"logit_bias of token {token} must be -100 to 100, not {value}", param="logit_bias")
+    return pairs
 
 
 _RANGES: tuple[tuple[str, float, float], ...] = (
@@ -152,6 +244,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("repetition_penalty", 0.01, 10.0),
     ("frequency_penalty", -2.0, 2.0),
     ("presence_penalty", -2.0, 2.0),
+    ("n", 1, 16),
+    ("min_tokens", 0, 1_000_000),
 )
 
 
@@ -185,7 +279,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of a streamed answer; never half a character. The last one, and only it, has `finish_reason`."""
+    """A piece of a streamed answer; never half a character. The last one, and only it, has `finish_reason`.
+
+    index: which of the `n` answers to one prompt this belongs to, where several come through one stream.
+    """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
@@ -193,6 +290,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     error: str | None = None
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
