@@ -1,0 +1,1 @@
+namespace pingjia { struct KernelSet; extern const KernelSet* const kNeon; const KernelSet* const kNeon = nullptr; }

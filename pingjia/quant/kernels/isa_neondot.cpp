@@ -1,0 +1,1 @@
+namespace pingjia { struct KernelSet; extern const KernelSet* const kNeonDot; const KernelSet* const kNeonDot = nullptr; }
