@@ -281,10 +281,11 @@ class Engine:
         """Run the plan and choose tokens; return the slices that went well, and those that did not with the reason."""
         try:
             logits = self._runner.run(plan)
-            sound = logits.sum(-1, dtype=torch.float32).isfinite().tolist()
+            sound, best = self._runner.judge(logits)
             rows = [row for row, piece in enumerate(plan) if piece.samples and sound[row]]
             samplers = [self._live[plan[row].sequence.id].sampler for row in rows]
-            picks = dict(zip(rows, pick(logits if len(rows) == len(plan) else logits[rows], samplers), strict=True))
+            chosen = pick(logits if len(rows) == len(plan) else logits[rows], samplers, [best[row] for row in rows])
+            picks = dict(zip(rows, chosen, strict=True))
         except Exception as e:  # whatever a network, a kernel or the allocator raises must not end the engine
             _log.exception("a step of %d requests failed", len(plan))
             return [], dict.fromkeys(plan, f"the engine failed: {type(e).__name__}: {_first_line(e)}")

@@ -39,6 +39,12 @@ class Runner:
             )
         return output.logits[0]
 
+    def judge(self, logits_SV: torch.Tensor) -> tuple[list[bool], list[int]]:
+        """Of every row that `run` returned: whether all its logits are finite, and where the largest is."""
+        sound: list[bool] = logits_SV.sum(-1, dtype=torch.float32).isfinite().tolist()
+        best: list[int] = logits_SV.argmax(-1).tolist()
+        return sound, best
+
     def _positions(self, rows: list[Slice]) -> torch.Tensor:
         """int64 [1, T], or [1, 2, T] for two-dimensional positions."""
         config, positions = self._model.config, self._family.positions

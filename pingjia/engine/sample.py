@@ -116,9 +116,13 @@ def _sorted_probs(logits_V: torch.Tensor, sampling: Sampling) -> tuple[torch.Ten
     return best.values, best.indices
 
 
-def pick(logits_RV: torch.Tensor, samplers: Sequence[Sampler]) -> list[Pick]:
-    """Choose one token per row. Rows must be finite; the samplers have recorded the tokens when this returns."""
-    best_R = logits_RV.argmax(-1).tolist()
+def pick(logits_RV: torch.Tensor, samplers: Sequence[Sampler], best_R: Sequence[int] | None = None) -> list[Pick]:
+    """Choose one token per row. Rows must be finite; the samplers have recorded the tokens when this returns.
+
+    best_R: where the largest logit of each row is, if that is known already.
+    """
+    if best_R is None:
+        best_R = logits_RV.argmax(-1).tolist()
     picks = []
     for row, sampler in enumerate(samplers):
         token_id, logprob = best_R[row], None
