@@ -2,12 +2,21 @@
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["FORMATS", "HalfLinear", "Int4Linear", "Int8Linear", "count_weights", "quantize_model"]
+__all__ = [
+    "FORMATS",
+    "HalfLinear",
+    "Int4Linear",
+    "Int8Linear",
+    "count_weights",
+    "prepare_for_inference",
+    "quantize_model",
+]
 
 if TYPE_CHECKING:
     from pingjia.quant.convert import count_weights, quantize_model
     from pingjia.quant.formats import FORMATS, Int4Linear, Int8Linear
     from pingjia.quant.half import HalfLinear
+    from pingjia.quant.tiled import prepare_for_inference
 
 _HOMES = {
     "FORMATS": "formats",
@@ -15,6 +24,7 @@ _HOMES = {
     "Int4Linear": "formats",
     "Int8Linear": "formats",
     "count_weights": "convert",
+    "prepare_for_inference": "tiled",
     "quantize_model": "convert",
 }
 

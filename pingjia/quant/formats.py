@@ -2,25 +2,22 @@
 
 They are `nn.Linear` subclasses so that adapters (PEFT), device maps and saving treat them as linears. Tensor names and
 layout are those of the published checkpoints: `weight` int8, `weight_scale`, `bias`. Frozen: only the input gets a
-gradient. Not here: the arithmetic of the layout (`rows.py`) and of the product (`product.py`).
+gradient. Not here: the arithmetic of the layout (`rows.py`), of the product in plain torch (`product.py`) and in
+compiled kernels (`native.py`, once `tiled.prepare_for_inference` has reordered the weight).
 """
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 import torch
 from torch import nn
 
 from pingjia.quant.product import int4_product, int8_product
 from pingjia.quant.rows import dequantize_rows, quantize_rows, stored_columns
+from pingjia.quant.tiled import Tiled
 
 
-class PackedLinear(nn.Linear):
+class PackedLinear(Tiled, nn.Linear):
     """What the formats share. `weight` int8 [out, stored columns], `weight_scale` float [out]."""
-
-    bits: ClassVar[int]
-    weight_scale: torch.Tensor
 
     def __init__(
         self,
@@ -56,6 +53,20 @@ class PackedLinear(nn.Linear):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight as floats [out, in]."""
+        return self._widened(dtype) if self.tiles is None else self.tiles.dequantize(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.tiles is not None:
+            return self.tiles.product(x, self.bias)
+        product = self._product(x)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """x @ weight^T in plain torch."""
+        raise NotImplementedError
+
+    def _widened(self, dtype: torch.dtype) -> torch.Tensor:
+        """The plain weight as floats."""
         return dequantize_rows(self.weight, self.weight_scale, self.bits, dtype)
 
     def reset_parameters(self) -> None:
@@ -64,17 +75,14 @@ class PackedLinear(nn.Linear):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}"
 
-    def _with_bias(self, product: torch.Tensor) -> torch.Tensor:
-        return product if self.bias is None else product + self.bias.to(product.dtype)
-
 
 class Int8Linear(PackedLinear):
     """8 bits per weight, one scale per output row."""
 
     bits = 8
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._with_bias(int8_product(x, self.weight, self.weight_scale))
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        return int8_product(x, self.weight, self.weight_scale)
 
 
 class Int4Linear(PackedLinear):
@@ -82,17 +90,15 @@ class Int4Linear(PackedLinear):
 
     bits = 4
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._with_bias(int4_product(x, self.weight, self.weight_scale))
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        return int4_product(x, self.weight, self.weight_scale)
 
 
-class PackedEmbedding(nn.Embedding):
+class PackedEmbedding(Tiled, nn.Embedding):
     """An embedding table that stays packed; only the rows that are looked up become floats (float32). Frozen.
 
     `weight` int8 [rows, stored columns] and `weight_scale` float [rows], as the published "-qe" checkpoints store them.
     """
-
-    weight_scale: torch.Tensor
 
     def __init__(self, weight_NP: torch.Tensor, scale_N: torch.Tensor, bits: int) -> None:
         nn.Module.__init__(self)  # not nn.Embedding's: it would allocate a float table
@@ -109,6 +115,8 @@ class PackedEmbedding(nn.Embedding):
         return self.num_embeddings * self.embedding_dim
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.tiles is not None:
+            return self.tiles.rows(ids)
         rows = ids.reshape(-1)
         table = dequantize_rows(self.weight[rows], self.weight_scale[rows], self.bits)
         return table.view(*ids.shape, self.embedding_dim)

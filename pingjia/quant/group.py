@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from pingjia.errors import ModelError
 from pingjia.quant.formats import PackedLinear
 from pingjia.quant.rows import row_blocks
+from pingjia.quant.tiled import Tiled
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -146,26 +147,24 @@ class GroupInt4Linear(PackedLinear):
     @property
     def group_size(self) -> int:
         """Columns that share a scale."""
-        return self.in_features // self.weight_scale.shape[1]
+        return self.in_features // self.weight_scale.shape[1] if self.tiles is None else self.tiles.group
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight as floats [out, in]."""
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        return group_product(x, self.weight, self.weight_scale)
+
+    def _widened(self, dtype: torch.dtype) -> torch.Tensor:
         return dequantize_groups(self.weight, self.weight_scale, dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._with_bias(group_product(x, self.weight, self.weight_scale))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_size={self.group_size}"
 
 
-class GroupInt4Embedding(nn.Embedding):
+class GroupInt4Embedding(Tiled, nn.Embedding):
     """An embedding table of grouped INT4; only the rows that are looked up become floats (float32). Frozen.
 
     Its `weight` and `weight_scale` may be those of a `GroupInt4Linear` head.
     """
 
-    weight_scale: torch.Tensor
     bits = 4
 
     def __init__(self, weight_NP: torch.Tensor, scale_NG: torch.Tensor) -> None:
@@ -182,6 +181,8 @@ class GroupInt4Embedding(nn.Embedding):
         return self.num_embeddings * self.embedding_dim
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.tiles is not None:
+            return self.tiles.rows(ids)
         rows = ids.reshape(-1)
         table = dequantize_groups(self.weight[rows], self.weight_scale[rows])
         return table.view(*ids.shape, self.embedding_dim)
