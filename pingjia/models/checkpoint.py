@@ -27,6 +27,7 @@ from pingjia.models.chatglm import ChatGLMForCausalLM
 from pingjia.models.chatglm2 import ChatGLM2ForCausalLM
 from pingjia.models.chatglm_config import ChatGLM2Config, ChatGLMConfig
 from pingjia.models.device import pick_dtype
+from pingjia.quant.bnb import BnbFormat, is_packed_by_bnb, replace_linears
 from pingjia.quant.convert import pack_tables
 from pingjia.quant.formats import PackedLinear
 from pingjia.quant.rows import dequantize_rows, quantize_rows, row_blocks, stored_columns
@@ -57,13 +58,14 @@ def load_chatglm(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
-    bits: int | None = None,
+    bits: int | BnbFormat | None = None,
 ) -> PreTrainedModel:
     """Load any ChatGLM generation from `directory`, eval mode.
 
     dtype: what it computes in; "auto" is float32 on a CPU, else the checkpoint's own. bits: None leaves the linears as
-    they are stored (a published INT4 or INT8 checkpoint stays packed); 4 or 8 packs float ones while reading. With
-    packed linears and float32, embeddings and head keep their stored half precision and are widened row by row.
+    they are stored (a published INT4 or INT8 checkpoint stays packed); 4 or 8 packs float ones while reading, a
+    BnbFormat has bitsandbytes do it. With packed linears and float32, embeddings and head keep their stored half
+    precision and are widened row by row.
 
     Raises ModelError, one line, for a checkpoint that is incomplete, too large, mis-shaped, truncated, of an unknown
     generation, or that holds code.
@@ -73,8 +75,9 @@ def load_chatglm(
     stored = survey(shard_files(directory))
     _check(directory, config, stored)
     dtype = pick_dtype(dtype, device, config.dtype if isinstance(config.dtype, torch.dtype) else None)
+    form = bits if isinstance(bits, BnbFormat) else None
     model = _empty_network(config, _wanted_bits(directory, config, bits))
-    _Filler(model, config, dtype, device).fill(directory, stored)
+    _Filler(model, config, dtype, device, form).fill(directory, stored)
     return model.eval()
 
 
@@ -273,8 +276,15 @@ def _refuse(directory: Path, config: ChatGLMConfig | ChatGLM2Config, what: str, 
     )
 
 
-def _wanted_bits(directory: Path, config: ChatGLMConfig | ChatGLM2Config, bits: int | None) -> int:
+def _wanted_bits(directory: Path, config: ChatGLMConfig | ChatGLM2Config, bits: int | BnbFormat | None) -> int:
+    """Bits of our own formats; 0: linears begin as floats."""
     stored = config.quantization_bit or 0
+    if isinstance(bits, BnbFormat):
+        if stored:
+            raise ModelError(
+                f"{directory}: stored in {stored} bits; bitsandbytes packs floats: use the float checkpoint"
+            )
+        return 0
     if bits not in (None, 4, 8):
         raise ModelError(f"bits={bits}: choose 4 or 8, or leave it out")
     if stored and bits not in (None, stored):
@@ -304,11 +314,16 @@ class _Filler:
     """Puts stored tensors into an empty network, each converted alone."""
 
     def __init__(
-        self, model: PreTrainedModel, config: ChatGLMConfig | ChatGLM2Config, dtype: torch.dtype, device: torch.device
+        self,
+        model: PreTrainedModel,
+        config: ChatGLMConfig | ChatGLM2Config,
+        dtype: torch.dtype,
+        device: torch.device,
+        form: BnbFormat | None = None,
     ) -> None:
-        self.model, self.config, self.dtype, self.device = model, config, dtype, device
+        self.model, self.config, self.dtype, self.device, self.form = model, config, dtype, device, form
         self.embedding, self.head = _table_names(model)
-        packed = bool(model.config.quantization_bit)
+        packed = bool(model.config.quantization_bit) or form is not None
         self.keep_half = packed and dtype == torch.float32
 
     def fill(self, directory: Path, stored: dict[str, StoredTensor]) -> None:
@@ -348,8 +363,10 @@ class _Filler:
             module.weight_scale = tensor.to(self.device, torch.float32, copy=True)
         else:
             dtype = tensor.dtype if tensor.dtype == torch.int8 else self.dtype
-            frozen = isinstance(module, PackedLinear)
+            frozen = isinstance(module, PackedLinear) or is_packed_by_bnb(module)
             setattr(module, kind, nn.Parameter(tensor.to(self.device, dtype, copy=True), requires_grad=not frozen))
+            if self.form is not None and kind == "weight" and isinstance(module, nn.Linear):
+                replace_linears(self.model, [path], self.form, self.device)
 
     def _table(self, name: str, tables: Mapping[str, StoredTensor]) -> torch.Tensor:
         """A copy of an embedding table or head, in the dtype it is kept in."""

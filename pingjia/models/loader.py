@@ -23,6 +23,8 @@ from pingjia.models.checkpoint import load_chatglm
 from pingjia.models.device import pick_device, pick_dtype, require_packed_weights
 from pingjia.models.registry import require_supported
 from pingjia.quant import quantize_model
+from pingjia.quant.bnb import BnbFormat, replace_linears, require_bitsandbytes
+from pingjia.quant.convert import packable
 
 
 def load_model(
@@ -30,21 +32,18 @@ def load_model(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
-    bits: int | None = None,
+    bits: int | BnbFormat | None = None,
 ) -> PreTrainedModel:
     """Load the causal language model at `path` (directory, .gguf file or packaged name), eval mode.
 
     dtype: "auto" is float32 on a CPU and the checkpoint's own elsewhere. bits: 4 or 8 packs the linears of the blocks
-    (rounded to nearest, one scale per row); ChatGLM is packed while it is read, others after. None leaves what is
-    stored as it is. Raises ModelError, one line, when anything of the checkpoint is missing, left over, of the wrong
-    shape or of an unsupported kind.
+    (rounded to nearest, one scale per row), a BnbFormat has bitsandbytes pack them; ChatGLM is packed while it is read,
+    others after. None leaves what is stored as it is. Raises ModelError, one line, when anything of the checkpoint is
+    missing, left over, of the wrong shape or of an unsupported kind.
     """
     location = locate_model(path)
     target = device if isinstance(device, torch.device) else pick_device(device)
-    if bits not in (None, 4, 8):
-        raise ModelError(f"bits={bits}: weights can be packed to 4 or 8 bits, or left as they are (None)")
-    if bits is not None:
-        require_packed_weights(target, bits)
+    _check_bits(bits, target)
     with quiet():
         if location.is_dir() and read_config(location)["model_type"] == "chatglm":
             return load_chatglm(location, dtype=dtype, device=target, bits=bits)
@@ -52,10 +51,21 @@ def load_model(
             model = _load_gguf(location, pick_dtype(dtype, target))
         else:
             model = _load_directory(location, dtype, target)
-        if bits is not None:
+        if isinstance(bits, BnbFormat):
+            replace_linears(model, packable(model), bits, target)
+        elif bits is not None:
             quantize_model(model, bits)
     model.to(target)
     return model.eval()
+
+
+def _check_bits(bits: int | BnbFormat | None, device: torch.device) -> None:
+    if isinstance(bits, BnbFormat):
+        require_bitsandbytes()
+    elif bits not in (None, 4, 8):
+        raise ModelError(f"bits={bits}: weights can be packed to 4 or 8 bits, or left as they are (None)")
+    elif bits is not None:
+        require_packed_weights(device, bits)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

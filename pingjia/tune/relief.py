@@ -13,6 +13,7 @@ import torch
 
 from pingjia.errors import TrainingError
 from pingjia.models.device import free_bytes, has_bfloat16, limit_device_memory
+from pingjia.quant.bnb import is_packed_by_bnb
 from pingjia.quant.formats import FORMATS, PackedLinear
 from pingjia.quant.half import HalfLinear
 from pingjia.tune.frozen import Model, layers_of, network_of
@@ -151,6 +152,8 @@ def refusals(model: Model) -> dict[str, str]:
         found[INT8] = f"the base is stored in {bits} bits already"
     if bits == 4:
         found[INT4] = "the base is stored in 4 bits already"
+    if any(is_packed_by_bnb(m) for _, m in linears):
+        found[HALF] = found[INT8] = found[INT4] = "the base is packed by bitsandbytes already"
     if any(config.use_dora for config in getattr(model, "peft_config", {}).values()):
         found[INT8] = found[INT4] = "use_dora reads the weights as floats"
     if any(m.weight.requires_grad for _, m in linears):

@@ -25,6 +25,7 @@ from pingjia.meter import Meter
 from pingjia.models import base_fingerprint, family_of, load_model, max_model_len, use_packed_attention
 from pingjia.models.device import pick_device
 from pingjia.models.family import Family
+from pingjia.models.packing import pick_packing, stored_bits
 from pingjia.models.settings import ModelSettings
 from pingjia.tune import continual
 from pingjia.tune.checkpoint import ABOUT_FILE, LOG_FILE, checkpoints, run_fingerprint, save_adapter, set_aside, step_of
@@ -202,7 +203,7 @@ class _Inputs:
             {
                 "rows": [(row.ids, row.learn, *([row.weight] if row.weight != 1 else [])) for row in self.all_rows],
                 "base": self.base,
-                "numbers": [str(self.model.dtype), self.model_settings.quantization_bit],
+                "numbers": [str(self.model.dtype), stored_bits(self.model)],
                 "tune": self.settings.model_dump(exclude=_NOT_WEIGHTS),
                 "template": self.tokenizer.template_digest,
                 **self.course.inputs,
@@ -218,7 +219,7 @@ def _read(
         model_settings.model_name_or_path,
         dtype=model_settings.dtype,
         device=device,
-        bits=model_settings.quantization_bit,
+        bits=pick_packing(model_settings, device),
     )
     cutoff_len = min(data_settings.cutoff_len, max_model_len(model.config))
     rows, dropped = encode_rows(data_settings.dataset, data_settings, tokenizer, cutoff_len)

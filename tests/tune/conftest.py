@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -11,8 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
+import torch
+from transformers import PreTrainedModel
 
 from pingjia.data.settings import DataSettings
+from pingjia.models.chatglm import ChatGLMForCausalLM
+from pingjia.models.chatglm2 import ChatGLM2ForCausalLM
+from pingjia.models.chatglm_config import ChatGLM2Config, ChatGLMConfig
 from pingjia.models.settings import ModelSettings
 from pingjia.tune import Hooks, TrainResult, train
 from pingjia.tune.settings import TuneSettings
@@ -98,7 +105,10 @@ def over_fitting(contradiction: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def tune(tmp_path: Path, tiny_llama: Path, rows_file: Path) -> Train:
-    """tune(hooks, model, quantization_bit, dtype, dataset, data={...}, **TuneSettings): train into tmp_path / "out"."""
+    """tune(hooks, model, quantization_bit, dtype, dataset, data={...}, **TuneSettings): train into tmp_path / "out".
+
+    quantization: keys of ModelSettings about packing, beside quantization_bit.
+    """
 
     def run(
         *,
@@ -109,11 +119,17 @@ def tune(tmp_path: Path, tiny_llama: Path, rows_file: Path) -> Train:
         dataset: Path = rows_file,
         data: dict[str, Any] | None = None,
         ledger: Any = None,
+        quantization: dict[str, Any] | None = None,
         **changed: Any,
     ) -> TrainResult:
         settings = {"output_dir": str(tmp_path / "out"), **SETTINGS, **changed}
         return train(
-            ModelSettings(model_name_or_path=str(model), quantization_bit=quantization_bit, dtype=dtype, device="cpu"),
+            ModelSettings(
+                model_name_or_path=str(model),
+                dtype=dtype,
+                device="cpu",
+                **{"quantization_bit": quantization_bit, **(quantization or {})},
+            ),
             DataSettings(dataset=[str(dataset)], **(data or {})),
             TuneSettings(**settings),
             ledger=ledger,
@@ -121,3 +137,70 @@ def tune(tmp_path: Path, tiny_llama: Path, rows_file: Path) -> Train:
         )
 
     return run
+
+
+# ---- ChatGLM in small
+
+LINES = [
+    "冰箱保修多久？整机保修三十六个月。",
+    "How much is the kettle? 129 yuan.",
+    "可以开发票吗？可以，下单时填写抬头即可。",
+] * 8
+
+
+def vocabulary(**options: Any) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES),
+        model_writer=model,
+        byte_fallback=True,
+        minloglevel=2,
+        hard_vocab_limit=False,
+        **options,
+    )
+    return model.getvalue()
+
+
+def save(network: PreTrainedModel, directory: Path) -> Path:
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        else:  # the embeddings so large that the head can be sure of a token
+            parameter.data *= 5 if "layers" in name else 25
+    network.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def chatglm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ChatGLM-6B in small: two-way prompts, two-dimensional positions."""
+    directory = tmp_path_factory.mktemp("chatglm")
+    content = vocabulary(
+        model_type="unigram", vocab_size=500, pad_id=3, unk_id=0, bos_id=1, eos_id=2,
+        control_symbols=["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"],
+        user_defined_symbols=["<n>", "<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81))],
+    )  # fmt: skip
+    (directory / "ice_text.model").write_bytes(content)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
+    torch.manual_seed(1)
+    config = ChatGLMConfig(
+        vocab_size=len(pieces), hidden_size=32, num_layers=3, num_attention_heads=4, inner_hidden_size=48,
+        max_sequence_length=256, mask_token_id=pieces["[MASK]"], gmask_token_id=pieces["[gMASK]"],
+        bos_token_id=pieces["<sop>"], eos_token_id=pieces["<eop>"], pad_token_id=3,
+        tie_word_embeddings=False,  # a random network with one table for both can hardly say anything but its input
+    )  # fmt: skip
+    return save(ChatGLMForCausalLM(config), directory)
+
+
+@pytest.fixture(scope="session")
+def chatglm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ChatGLM2-6B in small."""
+    directory = tmp_path_factory.mktemp("chatglm2")
+    content = vocabulary(model_type="bpe", vocab_size=400, normalization_rule_name="identity")
+    (directory / "tokenizer.model").write_bytes(content)
+    torch.manual_seed(2)
+    config = ChatGLM2Config(
+        padded_vocab_size=512, hidden_size=32, num_layers=3, num_attention_heads=4, multi_query_group_num=2,
+        kv_channels=8, ffn_hidden_size=24, seq_length=256,
+    )  # fmt: skip
+    return save(ChatGLM2ForCausalLM(config), directory)

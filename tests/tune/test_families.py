@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,84 +10,16 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-import sentencepiece
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
 
 from pingjia import chat, data
 from pingjia.errors import TrainingError
 from pingjia.models import family_of, load_model, use_packed_attention
-from pingjia.models.chatglm import ChatGLMForCausalLM
-from pingjia.models.chatglm2 import ChatGLM2ForCausalLM
-from pingjia.models.chatglm_config import ChatGLM2Config, ChatGLMConfig
 from pingjia.tune import Hooks
 from pingjia.tune.step import build_batch, mean_loss
 
 Make = Callable[[], Path]
-LINES = [
-    "冰箱保修多久？整机保修三十六个月。",
-    "How much is the kettle? 129 yuan.",
-    "可以开发票吗？可以，下单时填写抬头即可。",
-] * 8
-
-
-def vocabulary(**options: Any) -> bytes:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES),
-        model_writer=model,
-        byte_fallback=True,
-        minloglevel=2,
-        hard_vocab_limit=False,
-        **options,
-    )
-    return model.getvalue()
-
-
-def save(network: PreTrainedModel, directory: Path) -> Path:
-    for name, parameter in network.named_parameters():
-        if parameter.ndim == 1:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        else:  # the embeddings so large that the head can be sure of a token
-            parameter.data *= 5 if "layers" in name else 25
-    network.save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="session")
-def chatglm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ChatGLM-6B in small: two-way prompts, two-dimensional positions."""
-    directory = tmp_path_factory.mktemp("chatglm")
-    content = vocabulary(
-        model_type="unigram", vocab_size=500, pad_id=3, unk_id=0, bos_id=1, eos_id=2,
-        control_symbols=["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"],
-        user_defined_symbols=["<n>", "<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81))],
-    )  # fmt: skip
-    (directory / "ice_text.model").write_bytes(content)
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=content)
-    torch.manual_seed(1)
-    config = ChatGLMConfig(
-        vocab_size=len(pieces), hidden_size=32, num_layers=3, num_attention_heads=4, inner_hidden_size=48,
-        max_sequence_length=256, mask_token_id=pieces["[MASK]"], gmask_token_id=pieces["[gMASK]"],
-        bos_token_id=pieces["<sop>"], eos_token_id=pieces["<eop>"], pad_token_id=3,
-        tie_word_embeddings=False,  # a random network with one table for both can hardly say anything but its input
-    )  # fmt: skip
-    return save(ChatGLMForCausalLM(config), directory)
-
-
-@pytest.fixture(scope="session")
-def chatglm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ChatGLM2-6B in small."""
-    directory = tmp_path_factory.mktemp("chatglm2")
-    content = vocabulary(model_type="bpe", vocab_size=400, normalization_rule_name="identity")
-    (directory / "tokenizer.model").write_bytes(content)
-    torch.manual_seed(2)
-    config = ChatGLM2Config(
-        padded_vocab_size=512, hidden_size=32, num_layers=3, num_attention_heads=4, multi_query_group_num=2,
-        kv_channels=8, ffn_hidden_size=24, seq_length=256,
-    )  # fmt: skip
-    return save(ChatGLM2ForCausalLM(config), directory)
 
 
 @pytest.fixture
