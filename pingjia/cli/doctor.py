@@ -182,9 +182,11 @@ def _check_training(recipe: Recipe) -> str:
     from pingjia.tune.rehearse import rehearse
 
     found = rehearse(recipe.model, recipe.data, recipe.tune)
+    planned = f" ({megabytes(found.memory.total)} planned)" if found.memory is not None else ""
+    less = f"; {found.event}" if found.event is not None else ""
     return (
         f"longest batch {found.batch_tokens} tokens: {found.seconds:.2f} s an update, peak "
-        f"{megabytes(found.peak_bytes)}; adapter saved and read back bit by bit; "
+        f"{megabytes(found.peak_bytes)}{planned}{less}; what it trains saved and read back bit by bit; "
         f"whole run ({found.num_steps} updates) about {duration(found.seconds_estimated)}"
     )
 

@@ -1,4 +1,4 @@
-"""`pingjia train RECIPE`: tune an adapter."""
+"""`pingjia train RECIPE`: tune an adapter, or the weights of a model themselves."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as in th
 
 
 def train(recipe: RecipePath, overrides: Overrides = None) -> int:
-    """Tune an adapter as a recipe says. The same command again goes on where it stopped.
+    """Tune a model as a recipe says: an adapter, or the weights themselves.
 
-    With a `prepare` section the rows are prepared first.
+    The same command again goes on where it stopped. With a `prepare` section the rows are prepared first.
     """
     from pingjia.cli.prepare import with_prepared_data
 
@@ -168,8 +168,10 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
 
 def _print_plan(plan: TrainPlan) -> None:
     share = 100 * plan.num_trainable / plan.num_parameters
+    names, count = ", ".join(plan.targets.names), len(plan.targets.modules)
+    what = {"lora": f"adapter on {count} linears ({names})", "full": f"full: weights of {count} modules ({names})"}
     console.print(
-        f"  adapter on {len(plan.targets.modules)} linears ({', '.join(plan.targets.names)}): "
+        f"  {what.get(plan.finetuning_type, f'freeze: all but {count} modules ({names})')}: "
         f"{plan.num_trainable:,} trainable of {plan.num_parameters:,} parameters ({share:.2f} %)"
     )
     console.print(
@@ -201,7 +203,8 @@ def _print_rates(plan: TrainPlan) -> None:
 def _print_memory(plan: MemoryPlan) -> None:
     learning = plan.adapters + plan.gradients + plan.optimizer
     console.print(
-        f"  memory: about {megabytes(plan.total)}: base {megabytes(plan.weights)}, adapter, gradients and optimizer "
+        f"  memory: about {megabytes(plan.total)}: frozen {megabytes(plan.weights)}, what learns with gradients and "
+        "optimizer "
         f"{megabytes(learning)}, activations of the longest batch ({plan.num_tokens:,} tokens) "
         f"{megabytes(plan.activations + plan.working)}, logits {megabytes(plan.logits)}, kept states "
         f"{megabytes(plan.kept_states)}, the program itself {megabytes(plan.process)}"
@@ -218,5 +221,5 @@ def _print_result(result: TrainResult) -> None:
     console.print(
         f"  loss {result.last_loss:.3f}{held_out}; {result.num_steps} updates in {duration(result.seconds)}, "
         f"{result.trained_tokens / result.seconds:.0f} tok/s; peak memory {megabytes(result.peak_bytes)}; "
-        f"adapter {megabytes(result.adapter_bytes)} in {result.output_dir}"
+        f"{megabytes(result.stored_bytes)} in {result.output_dir}"
     )

@@ -1,8 +1,8 @@
 """What a run leaves on disk: checkpoints to go on from, and the finished adapter. Every write is all or nothing.
 
-checkpoint-000050/ holds an adapter in PEFT's format, `trainer_state.pt` (optimizer, random state, step; read with
-weights_only) and the log of the updates made so far. A checkpoint appears under its name only when it is whole, so a
-kill -9 leaves none half-written.
+checkpoint-000050/ holds what the run trains (an adapter in PEFT's format, or the network's own weights: trained.py),
+`trainer_state.pt` (optimizer, random state, step; read with weights_only) and the log of the updates made so far. A
+checkpoint appears under its name only when it is whole, so a kill -9 leaves none half-written.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import safetensors.torch
@@ -29,6 +28,9 @@ from pingjia.errors import StorageError, TrainingError
 from pingjia.models.device import set_rng_state
 from pingjia.tune.guards import require_nonzero_adapter
 from pingjia.tune.pissa import as_lora
+
+if TYPE_CHECKING:
+    from pingjia.tune.trained import Trained
 
 ADAPTER_FILE = "adapter_model.safetensors"
 STATE_FILE = "trainer_state.pt"
@@ -76,7 +78,7 @@ class Saved:
 def save_checkpoint(
     output_dir: Path,
     progress: Mapping[str, Any],
-    model: PeftModel,
+    trained: Trained,
     optimizer: Mapping[str, Any] | None,
     rng: Sequence[Mapping[str, Any]],
     *,
@@ -92,29 +94,28 @@ def save_checkpoint(
     step = progress["step"]
     target = output_dir / f"checkpoint-{step:06d}"
     state = {"progress": dict(progress), "fingerprint": fingerprint, "optimizer": optimizer, "rng": list(rng)}
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    with new_directory(target) as folder:
-        write_adapter(folder, model)
+    with new_directory(target, trained.checkpoint_bytes if optimizer else trained.weight_bytes) as folder:
+        trained.write(folder)
         write_bytes(folder / LOG_FILE, log.encode())
-        write_bytes(folder / STATE_FILE, buffer.getvalue())
+        write_state(folder / STATE_FILE, state)
     for old in checkpoints(output_dir)[:-keep]:
         shutil.rmtree(old.path)
     return Checkpoint(target, step)
 
 
-def read_checkpoint(checkpoint: Path, *, fingerprint: str) -> Saved:
+def read_checkpoint(checkpoint: Path, weights_file: str, *, fingerprint: str) -> Saved:
     """Read a checkpoint whole. TrainingError when it is damaged, or of a run with other data, base or settings."""
     try:
         state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
-        tensors = safetensors.torch.load_file(checkpoint / ADAPTER_FILE)
+        same = state.get("fingerprint") == fingerprint and "progress" in state
+        tensors = safetensors.torch.load_file(checkpoint / weights_file) if same else {}
     except FileNotFoundError as e:
         raise TrainingError(f"{checkpoint}: not a checkpoint: {Path(str(e.filename or '')).name} is missing") from None
     except Exception as e:  # pickle, zip and safetensors each have their own error types
         raise TrainingError(
             f"{checkpoint}: damaged: {str(e).splitlines()[0]}; delete it to go on from the one before"
         ) from None
-    if state.get("fingerprint") != fingerprint or "progress" not in state:
+    if not same:
         raise TrainingError(
             f"{checkpoint} belongs to a run with other data, base model or settings, so going on would mix two runs; "
             "choose another output_dir, or resume_from_checkpoint=false to start over here"
@@ -145,15 +146,15 @@ def restore_optimizer(saved: Saved, optimizer: torch.optim.Optimizer, rank: int 
 # ---- the best weights so far, where a run watches for them
 
 
-def save_best(output_dir: Path, step: int, model: PeftModel) -> None:
+def save_best(output_dir: Path, step: int, trained: Trained) -> None:
     """Write best-<step>. Older ones stay until `prune_best`: a checkpoint may still point at them."""
-    with new_directory(best_directory(output_dir, step)) as folder:
-        write_adapter(folder, model)
+    with new_directory(best_directory(output_dir, step), trained.weight_bytes) as folder:
+        trained.write(folder)
 
 
-def load_best(output_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    """The adapter after update `step`. TrainingError when it is not there any more."""
-    file = best_directory(output_dir, step) / ADAPTER_FILE
+def load_best(output_dir: Path, step: int, weights_file: str) -> dict[str, torch.Tensor]:
+    """What was trained, after update `step`. TrainingError when it is not there any more."""
+    file = best_directory(output_dir, step) / weights_file
     try:
         return safetensors.torch.load_file(file)
     except Exception as e:
@@ -186,9 +187,17 @@ def save_adapter(
     """
     with new_directory(output_dir / ".adapter") as folder:
         write_adapter(folder, model, first)
-        text = json.dumps(about, ensure_ascii=False, indent=2) + "\n"
-        write_bytes(folder / ABOUT_FILE, text.encode())
-    folder = output_dir / ".adapter"
+        write_about(folder, about)
+    return move_up(output_dir / ".adapter", output_dir)
+
+
+def write_about(folder: Path, about: Mapping[str, Any]) -> None:
+    """pingjia.json, which marks a result as finished."""
+    write_bytes(folder / ABOUT_FILE, (json.dumps(about, ensure_ascii=False, indent=2) + "\n").encode())
+
+
+def move_up(folder: Path, output_dir: Path) -> int:
+    """Move a finished result's files to output_dir, pingjia.json last; return their bytes."""
     names = sorted((p.name for p in folder.iterdir()), key=lambda name: name == ABOUT_FILE)
     size = sum((folder / name).stat().st_size for name in names)
     for name in names:
@@ -197,15 +206,28 @@ def save_adapter(
     return size
 
 
+def result_files(output_dir: Path) -> list[Path]:
+    """The files of the finished result that is in output_dir, pingjia.json included, as far as they are there.
+
+    A model directory names its own in pingjia.json ("files"); an adapter has the same ones always.
+    """
+    try:
+        named = json.loads((output_dir / ABOUT_FILE).read_text(encoding="utf-8")).get("files", ())
+    except (OSError, ValueError):
+        named = ()
+    names = dict.fromkeys((*_ADAPTER_FILES, *(Path(name).name for name in named)))
+    return [output_dir / name for name in names if (output_dir / name).is_file()]
+
+
 def set_aside(output_dir: Path) -> None:
-    """Make room for a run that starts over: an adapter that is here goes to previous/, checkpoints are deleted.
+    """Make room for a run that starts over: what an earlier one made goes to previous/, checkpoints are deleted.
 
     Left where they are, they would be taken for the new run's as soon as that is interrupted.
     """
     for old in checkpoints(output_dir):
         shutil.rmtree(old.path)
     prune_best(output_dir, None)
-    found = [output_dir / name for name in _ADAPTER_FILES if (output_dir / name).exists()]
+    found = result_files(output_dir)
     if (output_dir / ABOUT_FILE) not in found:
         return
     previous = output_dir / "previous"
@@ -233,12 +255,17 @@ def write_adapter(folder: Path, model: PeftModel, first: Mapping[str, torch.Tens
 
 
 @contextlib.contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
-    """A directory that gets the name `target` only when the block ends well; on any error nothing is left of it."""
+def new_directory(target: Path, num_bytes: int = 0) -> Iterator[Path]:
+    """A directory that gets the name `target` only when the block ends well; on any error nothing is left of it.
+
+    `num_bytes`: about what will be in it; a disk without so much room is refused before anything is written.
+    """
     temporary = target.with_name(f".{target.name}.partial")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        if shutil.disk_usage(temporary).free < num_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
         yield temporary
         for path in temporary.iterdir():
             _sync(path)
@@ -256,12 +283,24 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """By torch, straight into the file: an optimizer can be twice as large as the weights."""
+    with open(path, "wb") as file:
+        torch.save(dict(state), file)
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def refused(error: safetensors.SafetensorError, path: Path) -> OSError:
+    """What safetensors says of a disk that refuses, as the error that it is."""
+    is_full = "No space" in str(error) or "os error 28" in str(error)
+    return OSError(errno.ENOSPC if is_full else errno.EIO, str(error), str(path))
 
 
 def disk_message(target: Path, error: OSError) -> str:

@@ -84,7 +84,7 @@ def read_ancestor(path: Path, base: str, template_digest: str) -> Ancestor:
             f"{path}: it began as {config.init_lora_weights!r}, which changes the base too; merge it (pingjia export) "
             "and continue from the merged model"
         )
-    stages = (*(Stage.of(stage) for stage in about.get("lineage", [])), stage_of(path, about))
+    stages = stages_of(path, about)
     return Ancestor(
         path=path,
         digest=_digest(path),
@@ -95,6 +95,11 @@ def read_ancestor(path: Path, base: str, template_digest: str) -> Ancestor:
         probes=_probes(about, stages),
         accuracy=about.get("accuracy", []),
     )
+
+
+def stages_of(path: Path, about: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """Every run up to the one that made what is in `path`, oldest first."""
+    return (*(Stage.of(stage) for stage in about.get("lineage", [])), stage_of(path, about))
 
 
 def stage_of(path: Path, about: Mapping[str, Any]) -> Stage:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from peft import PeftModel
 
 from pingjia.errors import TrainingError
 from pingjia.meter import peak_bytes
@@ -23,9 +22,9 @@ from pingjia.tune import checkpoint as disk
 from pingjia.tune.batches import longest_micro, share_of_process
 from pingjia.tune.checkpoint import LOG_FILE, Saved
 from pingjia.tune.distributed import Alone, Holding
-from pingjia.tune.frozen import FrozenLayers, num_frozen_layers
+from pingjia.tune.frozen import FrozenLayers, Model, num_frozen_layers
 from pingjia.tune.groups import RateGroup, Rates, group_parameters, optimizer_groups
-from pingjia.tune.guards import MOVED_AFTER_STEPS, MovedCheck
+from pingjia.tune.guards import MOVED_AFTER_STEPS, LastUpdate, MovedCheck, require_in_optimizer
 from pingjia.tune.journal import StepLog, as_line, as_text, restore_log, write_log
 from pingjia.tune.ladder import Rung
 from pingjia.tune.penalty import Penalties, l2_penalty, lora_matrices
@@ -35,6 +34,7 @@ from pingjia.tune.schedule import rate_factor
 from pingjia.tune.settings import TuneSettings
 from pingjia.tune.shrink import shrink_rank
 from pingjia.tune.step import MicroBatch, Penalty, StepResult, build_batch, mean_loss, rehearse_update, update
+from pingjia.tune.trained import Trained
 from pingjia.tune.watch import Watch
 from pingjia.types import Encoded
 
@@ -66,9 +66,10 @@ class Progress:
 
 @dataclass(slots=True)
 class Run:
-    """Everything one training run needs, and what it has done so far."""
+    """Everything one training run needs, and what it has done so far. `trained`: what of `model` is kept."""
 
-    model: PeftModel
+    model: Model
+    trained: Trained
     family: Family
     rows: Sequence[Encoded]
     eval_rows: Sequence[Encoded]
@@ -120,6 +121,7 @@ def run_training(run: Run) -> bool:
         memory.go_to(progress.rung)
     if saved:
         _restore_weights(run, progress, saved)
+        saved = replace(saved, tensors={})
     run.start = progress.step
     run.logs = ranks.from_first(partial(restore_log, run.resume_from))
     if ranks.is_first:
@@ -136,14 +138,38 @@ def run_training(run: Run) -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What the longest micro-batch of a run took. `event`: what the run did to make do with its memory."""
+
+    result: StepResult
+    rung: Rung
+    event: str | None
+
+
+def try_run(run: Run) -> Trial:
+    """The beginning of `run_training` on its longest micro-batch: two updates, the second one is measured.
+
+    In one process; writes no checkpoint. Raises what the run itself would raise.
+    """
+    trainable = trainable_names(run.model)
+    rung = Rung(run.settings.per_device_train_batch_size, run.settings.gradient_checkpointing)
+    memory = Memory(run.model, rung, run.settings) if run.settings.memory == "auto" else None
+    work = _Phase(run, run.model, Progress(run.settings.lora_rank, rung), trainable, memory)
+    work.open(None)
+    return work.try_updates(2)
+
+
 def _read_saved(run: Run) -> Saved | None:
-    return disk.read_checkpoint(run.resume_from, fingerprint=run.fingerprint) if run.resume_from else None
+    if run.resume_from is None:
+        return None
+    return disk.read_checkpoint(run.resume_from, run.trained.file, fingerprint=run.fingerprint)
 
 
 def _restore_weights(run: Run, progress: Progress, saved: Saved) -> None:
     if progress.rank != run.settings.lora_rank:
         shrink_rank(run.model, progress.rank)
-    disk.load_tensors(run.model, saved.tensors, saved.path)
+    run.trained.load(saved.tensors, saved.path)
 
 
 class _Phase:
@@ -177,7 +203,7 @@ class _Phase:
         self._eval_batches = _batches(self.run, self.run.eval_rows)
         first = self._first()
         with self.run.ranks.whole(self.run.model):
-            self._has_moved = MovedCheck(self.run.model) if first < MOVED_AFTER_STEPS else None
+            self._has_moved = MovedCheck(self.run.model, self.run.trained.what) if first < MOVED_AFTER_STEPS else None
         if saved is not None:
             disk.restore_optimizer(saved, self._optimizer, self.run.ranks.rank)
             self._since_look = self._losses_since_look()
@@ -187,7 +213,9 @@ class _Phase:
 
     def _build_optimizer(self) -> None:
         s, groups = self.run.settings, rate_groups(self.run, self.phase, self._trainable)
-        self._optimizer = self.run.ranks.optimizer(self._model, optimizer_groups(groups), s.weight_decay)
+        held = optimizer_groups(groups)
+        require_in_optimizer(self.run.model, held)
+        self._optimizer = self.run.ranks.optimizer(self._model, held, s.weight_decay)
         matrices = lora_matrices(self.run.model.named_parameters())
         terms = dict(self.run.terms)
         if s.lora_l2 and matrices:
@@ -214,7 +242,7 @@ class _Phase:
             self._since_look.append(result.loss)
             if self._has_moved and done == min(first + MOVED_AFTER_STEPS, plan.num_steps) and done > 1:
                 with run.ranks.whole(run.model):
-                    self._has_moved(run.model)
+                    self._has_moved(run.model, self._last_update(done, rate, result))
                 self._has_moved = None
             eval_loss = self._look() if self._is_time_to_look(done, last) else None
             decided, is_over = self._decide(eval_loss)
@@ -233,6 +261,12 @@ class _Phase:
                 return True
         self._close()
         return True
+
+    def _last_update(self, number: int, rate: float, result: StepResult) -> LastUpdate:
+        run = self.run
+        seen = any(p.grad is not None for p in run.model.parameters())
+        earlier = [log.learning_rate for log in run.logs[-MOVED_AFTER_STEPS:]]
+        return LastUpdate(number, (*earlier, rate), result.grad_norm, run.settings.max_grad_norm, seen)
 
     def _update(self, step: int, rows: list[int]) -> tuple[float, StepResult]:
         s, started = self.run.settings, time.perf_counter()
@@ -253,6 +287,13 @@ class _Phase:
         result = self._with_less_if_needed(attempt)
         rate = factor * max(group["peak"] for group in self._optimizer.param_groups)
         return rate, replace(result, seconds=time.perf_counter() - started)
+
+    def try_updates(self, count: int) -> Trial:
+        """Updates on the longest micro-batch, at a rate from the middle of the schedule. Weights do move."""
+        progress, plan = self.progress, self.phase.plan
+        numbers = longest_micro(plan, self._lengths, progress.rung.rows_per_micro)
+        results = [self._update(plan.num_steps // 2, numbers)[1] for _ in range(count)]
+        return Trial(results[-1], progress.rung, progress.event)
 
     def _micro_batches(self, rows: list[int]) -> list[MicroBatch]:
         """What this process computes of an update."""
@@ -332,7 +373,7 @@ class _Phase:
         if is_best:
             with run.ranks.whole(run.model):
                 if run.ranks.is_first:
-                    disk.save_best(run.output_dir, progress.step, run.model)
+                    disk.save_best(run.output_dir, progress.step, run.trained)
             return None, False
         smaller = run.settings.shrink_lora_rank_to
         if smaller is not None and progress.rank > smaller and watch.is_overfitting():
@@ -373,9 +414,9 @@ class _Phase:
 
     def _load_best(self, step: int) -> None:
         run = self.run
-        tensors = run.ranks.from_first(lambda: disk.load_best(run.output_dir, step))
+        tensors = run.ranks.from_first(lambda: disk.load_best(run.output_dir, step, run.trained.file))
         with run.ranks.whole(run.model):
-            disk.load_tensors(run.model, tensors, run.output_dir)
+            run.trained.load(tensors, run.output_dir)
 
     def _save(self, *, between_phases: bool) -> None:
         run = self.run
@@ -390,7 +431,7 @@ class _Phase:
         disk.save_checkpoint(
             run.output_dir,
             progress.to_dict(),
-            run.model,
+            run.trained,
             optimizer,
             rng,
             fingerprint=run.fingerprint,

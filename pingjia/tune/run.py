@@ -7,9 +7,9 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +28,36 @@ from pingjia.models.family import Family
 from pingjia.models.packing import pick_packing, stored_bits
 from pingjia.models.settings import ModelSettings
 from pingjia.tune import continual
-from pingjia.tune.checkpoint import ABOUT_FILE, LOG_FILE, checkpoints, run_fingerprint, save_adapter, set_aside, step_of
+from pingjia.tune.checkpoint import (
+    ABOUT_FILE,
+    LOG_FILE,
+    checkpoints,
+    result_files,
+    run_fingerprint,
+    save_adapter,
+    set_aside,
+    step_of,
+)
+from pingjia.tune.directory import Proof, save_directory
 from pingjia.tune.distributed import Alone, Holding, joined, local_rank
 from pingjia.tune.forecast import forecast
 from pingjia.tune.gate import Examine
 from pingjia.tune.groups import RateGroup
+from pingjia.tune.guards import require_learnt
 from pingjia.tune.journal import StepLog, read_log
 from pingjia.tune.keep import Finish, Kept
+from pingjia.tune.lineage import stages_of
 from pingjia.tune.loop import SHRUNK, Run, rate_groups, run_training
 from pingjia.tune.lora import Targets, adaptable, count_parameters, num_layers, resolve, resolve_targets
 from pingjia.tune.memory import MemoryPlan
-from pingjia.tune.phases import plan_phases, trainable_names
+from pingjia.tune.phases import Phase, plan_phases, trainable_names
 from pingjia.tune.pissa import first_matrices
 from pingjia.tune.plot import plot_loss
 from pingjia.tune.relief import checkpoint_activations
-from pingjia.tune.settings import TuneSettings
+from pingjia.tune.settings import FREEZE_KEYS, PhaseSettings, TuneSettings
 from pingjia.tune.trackers import Tracked, Trackers, run_key, wanted
+from pingjia.tune.trained import trained_of
+from pingjia.tune.weights import modules_of_phase, open_weights, require_trainable, resolve_weights
 from pingjia.types import Encoded
 
 _NOT_WEIGHTS = {
@@ -77,6 +91,7 @@ class RateRow:
 class TrainPlan:
     """What is about to be trained; handed to `on_plan` before the first update."""
 
+    finetuning_type: str
     targets: Targets
     num_trainable: int
     num_parameters: int
@@ -93,12 +108,15 @@ class TrainPlan:
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a run came to. `seconds` are those of all its updates, over every call that worked on it."""
+    """What a run came to. `seconds` are those of all its updates, over every call that worked on it.
+
+    `stored_bytes`: of its adapter, or of the model directory that it left.
+    """
 
     output_dir: Path
     finished: bool
     was_finished: bool  # an earlier call had done it all
-    adapter_bytes: int
+    stored_bytes: int
     num_steps: int
     last_loss: float
     eval_loss: float | None
@@ -133,7 +151,8 @@ def train(
     run_name: str = "",
     hooks: Hooks = Hooks(),
 ) -> TrainResult:
-    """Train an adapter into `settings.output_dir`; goes on where an interrupted run with equal inputs stopped.
+    """Train an adapter, or the network itself, into `settings.output_dir`; goes on where an interrupted run with equal
+    inputs stopped.
 
     Raises DataError (nothing to learn), ModelError, TrainingError (it would train nothing, or diverged), StorageError;
     RetentionError when earlier tasks would be forgotten: the adapter is then in candidate/.
@@ -142,14 +161,14 @@ def train(
     output_dir.mkdir(parents=True, exist_ok=True)
     device = pick_device(model_settings.device, index=local_rank())
     with joined(settings, device) as ranks, _only_run_in(output_dir, ranks), Meter() as meter:
-        inputs = _read(model_settings, data_settings, settings, device)
+        inputs = read_inputs(model_settings, data_settings, settings, device)
         finished = ranks.from_first(lambda: _finished(output_dir, inputs.fingerprint, inputs.settings))
         if finished is not None:
             return finished
-        job = _build(inputs, ranks, hooks)
+        job = build(inputs, ranks, hooks)
         account = _Account(job.run, meter, ledger if ranks.is_first else None, run_name)
         job.run.on_saved = account.note
-        plan = _plan(job.run, job.targets, inputs.dropped)
+        plan = plan_of(job.run, job.targets, inputs.dropped)
         if ranks.is_first:
             job.run.on_shared_out = hooks.on_shared_out
             if settings.resume_from_checkpoint is False:
@@ -172,7 +191,7 @@ def train(
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class Inputs:
     """Everything that decides a run, read and checked; `settings` as its course (continual learning) leaves them."""
 
     model_settings: ModelSettings
@@ -186,11 +205,25 @@ class _Inputs:
     rows: list[Encoded]
     eval_rows: list[Encoded]
     dropped: list[str]
+    has_tools: bool
 
     @cached_property
     def all_rows(self) -> list[Encoded]:
         """The rows of the task, and those that are replayed."""
         return [*self.rows, *self.course.replay]
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.settings.finetuning_type == "lora"
+
+    @property
+    def is_freeze(self) -> bool:
+        return self.settings.finetuning_type == "freeze"
+
+    @cached_property
+    def golden(self) -> list[dict[str, Any]]:
+        """Chats that show later whether this tokenizer is at hand; with a call of a tool where rows have tools."""
+        return chat.golden_chats(self.tokenizer, with_tools=self.has_tools)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -204,30 +237,34 @@ class _Inputs:
                 "rows": [(row.ids, row.learn, *([row.weight] if row.weight != 1 else [])) for row in self.all_rows],
                 "base": self.base,
                 "numbers": [str(self.model.dtype), stored_bits(self.model)],
-                "tune": self.settings.model_dump(exclude=_NOT_WEIGHTS),
+                "tune": self.settings.model_dump(exclude=_NOT_WEIGHTS | (set() if self.is_freeze else FREEZE_KEYS)),
                 "template": self.tokenizer.template_digest,
                 **self.course.inputs,
             }
         )
 
 
-def _read(
+def read_inputs(
     model_settings: ModelSettings, data_settings: DataSettings, settings: TuneSettings, device: torch.device
-) -> _Inputs:
+) -> Inputs:
+    """Load and check all that a run needs. Raises DataError, ModelError, TrainingError."""
     tokenizer = chat.load_tokenizer(model_settings.model_name_or_path)
+    is_adapter = settings.finetuning_type == "lora"
     model = load_model(
         model_settings.model_name_or_path,
-        dtype=model_settings.dtype,
+        dtype="float32" if model_settings.dtype == "auto" and not is_adapter else model_settings.dtype,
         device=device,
         bits=pick_packing(model_settings, device),
     )
+    if not is_adapter:
+        require_trainable(model, settings)
     cutoff_len = min(data_settings.cutoff_len, max_model_len(model.config))
-    rows, dropped = encode_rows(data_settings.dataset, data_settings, tokenizer, cutoff_len)
+    rows = encode_rows(data_settings.dataset, data_settings, tokenizer, cutoff_len)
     held_out = data_settings.eval_dataset
-    eval_rows = encode_rows(held_out, data_settings, tokenizer, cutoff_len)[0] if held_out else []
+    eval_rows = encode_rows(held_out, data_settings, tokenizer, cutoff_len).encoded if held_out else []
     base = base_fingerprint(model)
     course = continual.begin(settings, data_settings, continual.Reader(tokenizer, cutoff_len), base)
-    return _Inputs(
+    return Inputs(
         model_settings=model_settings,
         data_settings=data_settings,
         settings=course.settings,
@@ -236,42 +273,44 @@ def _read(
         family=family_of(model),
         base=base,
         course=course,
-        rows=rows,
+        rows=rows.encoded,
         eval_rows=eval_rows,
-        dropped=dropped,
+        dropped=rows.dropped,
+        has_tools=rows.has_tools,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Built:
-    """The network with its adapter, ready to be trained. `first`: what a PiSSA began with. `finish`: of a course."""
+class Built:
+    """The network, ready to be trained. `first`: what a PiSSA began with; `finish`: of a course; `proof`: of a network
+    without an adapter."""
 
     run: Run
     targets: Targets
     first: Mapping[str, torch.Tensor]
     finish: Finish | None
+    proof: Proof | None
 
 
-def _build(inputs: _Inputs, ranks: Alone, hooks: Hooks) -> _Built:
-    settings, course, model, family = inputs.settings, inputs.course, inputs.model, inputs.family
+def build(inputs: Inputs, ranks: Alone, hooks: Hooks) -> Built:
+    """Put on the adapter, or open the weights, and make the run. Raises TrainingError when nothing would learn."""
+    settings, course, family = inputs.settings, inputs.course, inputs.family
     output_dir = Path(settings.output_dir)
     resume_from = ranks.from_first(lambda: _resume_from(output_dir, settings))
-    targets = course.targets(resolve_targets(model, family, settings))
-    phases = plan_phases(
-        course.rows_per_epoch(len(inputs.rows)),
-        settings,
-        lambda phase: resolve(model, family, phase.target, phase.layers or settings.lora_layers).modules,
-    )
-    depth = num_layers(adaptable(model))
-    adapted = course.adapt(model, targets)
-    first = first_matrices(adapted)
-    use_packed_attention(model)
-    terms = course.terms(adapted, family, output_dir, inputs.fingerprint)
-    finish = None if course.is_plain else Finish(course, adapted, family, inputs.rows, first)
+    targets = _targets(inputs)
+    phases = _phases(inputs)
+    depth = num_layers(adaptable(inputs.model))
+    use_packed_attention(inputs.model)
+    proof = None if inputs.is_adapter else Proof(inputs.model, family, [golden["ids"] for golden in inputs.golden])
+    model = course.adapt(inputs.model, targets) if inputs.is_adapter else open_weights(inputs.model, targets)
+    first = first_matrices(model) if inputs.is_adapter else {}
+    terms = course.terms(model, family, output_dir, inputs.fingerprint)
+    finish = None if course.is_plain else Finish(course, model, family, inputs.rows, first)
     if settings.gradient_checkpointing:
-        checkpoint_activations(adapted)
+        checkpoint_activations(model)
     run = Run(
-        model=adapted,
+        model=model,
+        trained=trained_of(model),
         family=family,
         rows=inputs.all_rows,
         eval_rows=inputs.eval_rows,
@@ -285,28 +324,53 @@ def _build(inputs: _Inputs, ranks: Alone, hooks: Hooks) -> _Built:
         should_stop=hooks.should_stop,
         terms=terms,
     )
-    return _Built(run, targets, first, finish)
+    return Built(run, targets, first, finish, proof)
 
 
-def _keep(inputs: _Inputs, job: _Built, hooks: Hooks) -> tuple[int, Kept | None]:
+def _targets(inputs: Inputs) -> Targets:
+    """What learns: the modules that get an adapter, or whose own weights are opened."""
+    if not inputs.is_adapter:
+        return resolve_weights(inputs.model, inputs.family, inputs.settings)
+    return inputs.course.targets(resolve_targets(inputs.model, inputs.family, inputs.settings))
+
+
+def _phases(inputs: Inputs) -> list[Phase]:
+    model, family, settings = inputs.model, inputs.family, inputs.settings
+
+    def modules_of(phase: PhaseSettings) -> tuple[str, ...]:
+        if not inputs.is_adapter:
+            return modules_of_phase(model, family, phase)
+        return resolve(model, family, phase.target, phase.layers or settings.lora_layers).modules
+
+    return plan_phases(inputs.course.rows_per_epoch(len(inputs.rows)), settings, modules_of)
+
+
+def _keep(inputs: Inputs, job: Built, hooks: Hooks) -> tuple[int, Kept | None]:
     """Write the finished adapter: (its bytes, what a course says of it)."""
     run, about = job.run, _about(inputs, job.run)
     if job.finish is not None:
         kept = job.finish.keep(run.output_dir, about, hooks.examine)
         return kept.adapter_bytes, kept
     with run.ranks.whole(run.model):
-        return (save_adapter(run.output_dir, run.model, about, job.first) if run.ranks.is_first else 0), None
+        if not run.ranks.is_first:
+            return 0, None
+        if job.proof is None:
+            return save_adapter(run.output_dir, run.model, about, job.first), None
+        run.model.zero_grad(set_to_none=True)
+        check = partial(job.proof.check, model=run.model, is_whole=run.ranks.size == 1)
+        return save_directory(run.output_dir, run.model, inputs.tokenizer, about, check), None
 
 
-def _about(inputs: _Inputs, run: Run) -> dict[str, Any]:
-    """pingjia.json: what the adapter was made from, and what it must be served with."""
+def _about(inputs: Inputs, run: Run) -> dict[str, Any]:
+    """pingjia.json: what the result was made from, and what it must be served with."""
     model, tokenizer = inputs.model_settings.model_name_or_path, inputs.tokenizer
     return {
         "format": 1,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "pingjia_version": pingjia.__version__,
+        "finetuning_type": inputs.settings.finetuning_type,
         "base": {"name": model, "fingerprint": inputs.base, "family": inputs.family.name},
-        "chat": {"template_digest": tokenizer.template_digest, "golden": chat.golden_chats(tokenizer)},
+        "chat": {"template_digest": tokenizer.template_digest, "golden": inputs.golden},
         "data": {
             "files": [*inputs.data_settings.dataset],
             "fingerprint": data.fingerprint(inputs.data_settings.dataset),
@@ -315,12 +379,26 @@ def _about(inputs: _Inputs, run: Run) -> dict[str, Any]:
         "recipe": inputs.recipe,
         "run_fingerprint": inputs.fingerprint,
         "metrics": _metrics(run),
+        **({} if inputs.is_adapter else _ancestry(model)),
     }
 
 
-def encode_rows(
-    files: list[str], settings: DataSettings, tokenizer: Any, cutoff_len: int
-) -> tuple[list[Encoded], list[str]]:
+def _ancestry(model: str) -> dict[str, Any]:
+    """The runs that made the base, where it is itself a model directory that a run left."""
+    about = read_about(Path(model))
+    return {"lineage": [asdict(stage) for stage in stages_of(Path(model), about)]} if about is not None else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A data set as token ids. `dropped`: a line for each row that is left out; `has_tools`: whether any row has."""
+
+    encoded: list[Encoded]
+    dropped: list[str]
+    has_tools: bool
+
+
+def encode_rows(files: list[str], settings: DataSettings, tokenizer: Any, cutoff_len: int) -> Rows:
     """Rows as token ids. An unreadable row stops the run; a row over cutoff_len is dropped, by name, never cut."""
     problems: list[str] = []
     examples = list(
@@ -338,7 +416,8 @@ def encode_rows(
             "`pingjia data prepare` write a clean file and rejected.jsonl"
         )
     rows, too_long = data.encode_examples(examples, tokenizer, cutoff_len)
-    return rows, [str(problem) for problem in too_long]
+    require_learnt(rows)
+    return Rows(rows, [str(problem) for problem in too_long], any(example.tools for example in examples))
 
 
 def _recipe(*sections: Any) -> dict[str, Any]:
@@ -398,10 +477,14 @@ def _finished(output_dir: Path, fingerprint: str, settings: TuneSettings) -> Tra
         return None
     if about.get("run_fingerprint") != fingerprint:
         raise TrainingError(
-            f"{output_dir} holds a finished adapter of a run with other data, base model or settings; choose another "
-            "output_dir, or resume_from_checkpoint=false to replace it"
+            f"{output_dir} holds a finished {_kind(about)} of a run with other data, base model or settings; choose "
+            "another output_dir, or resume_from_checkpoint=false to replace it"
         )
-    return TrainResult(output_dir, True, True, _adapter_bytes(output_dir), **about["metrics"])
+    return TrainResult(output_dir, True, True, _stored_bytes(output_dir), **about["metrics"])
+
+
+def _kind(about: Mapping[str, Any]) -> str:
+    return "adapter" if about.get("finetuning_type", "lora") == "lora" else "model"
 
 
 def result_so_far(settings: TuneSettings, *, finished: bool) -> TrainResult:
@@ -409,13 +492,13 @@ def result_so_far(settings: TuneSettings, *, finished: bool) -> TrainResult:
     output_dir = Path(settings.output_dir)
     about = read_about(output_dir) if finished else None
     if about is not None:
-        return TrainResult(output_dir, True, False, _adapter_bytes(output_dir), **about["metrics"])
+        return TrainResult(output_dir, True, False, _stored_bytes(output_dir), **about["metrics"])
     logs = read_log(output_dir / LOG_FILE)
     return TrainResult(
         output_dir=output_dir,
         finished=finished,  # on the machine of the first process, where this one is not
         was_finished=False,
-        adapter_bytes=0,
+        stored_bytes=0,
         num_steps=logs[-1].step if logs else 0,
         last_loss=logs[-1].loss if logs else math.nan,
         eval_loss=None,
@@ -427,7 +510,7 @@ def result_so_far(settings: TuneSettings, *, finished: bool) -> TrainResult:
 
 
 def read_about(output_dir: Path) -> Mapping[str, Any] | None:
-    """pingjia.json of a finished adapter, or None."""
+    """pingjia.json of what a finished run left, or None."""
     try:
         about: Mapping[str, Any] = json.loads((output_dir / ABOUT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -435,10 +518,8 @@ def read_about(output_dir: Path) -> Mapping[str, Any] | None:
     return about
 
 
-def _adapter_bytes(output_dir: Path) -> int:
-    return sum(
-        (output_dir / name).stat().st_size for name in ("adapter_config.json", "adapter_model.safetensors", ABOUT_FILE)
-    )
+def _stored_bytes(output_dir: Path) -> int:
+    return sum(file.stat().st_size for file in result_files(output_dir))
 
 
 class _Account:
@@ -478,9 +559,11 @@ def _resume_from(output_dir: Path, settings: TuneSettings) -> Path | None:
     return found[-1].path if found and settings.resume_from_checkpoint else None
 
 
-def _plan(run: Run, targets: Targets, dropped: list[str]) -> TrainPlan:
+def plan_of(run: Run, targets: Targets, dropped: list[str]) -> TrainPlan:
+    """What a run that is built is about to do."""
     trainable, total = count_parameters(run.model)
     return TrainPlan(
+        finetuning_type=run.settings.finetuning_type,
         targets=targets,
         num_trainable=trainable,
         num_parameters=total,

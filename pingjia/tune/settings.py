@@ -68,6 +68,12 @@ class ContinualSettings(Section):
     max_tokens: int = Field(96, ge=1)  # longest answer to a probe's question
 
 
+_LORA_ONLY = (
+    "lora_rank", "lora_alpha", "lora_dropout", "lora_target", "lora_layers", "lora_rank_pattern", "use_rslora",
+    "use_dora", "init_lora_weights", "loraplus_lr_ratio", "lora_l2", "train_new_tokens", "shrink_lora_rank_to",
+    "continue_from", "continual",
+)  # fmt: skip
+FREEZE_KEYS = frozenset({"freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"})
 _NEEDS_ANCESTOR = ("method", "orthogonality", "ewc", "replay_ratio", "replay", "max_rank")
 
 
@@ -77,7 +83,10 @@ class TuneSettings(Section):
     output_dir: str
     continue_from: str | None = None  # the output_dir of a finished run: go on from its adapter
     continual: ContinualSettings = Field(default_factory=ContinualSettings)
-    finetuning_type: Literal["lora"] = "lora"
+    finetuning_type: Literal["lora", "full", "freeze"] = "lora"  # an adapter; every weight; some weights
+    freeze_trainable_layers: int = 2  # freeze: the last n layers learn, or with -n the first n
+    freeze_trainable_modules: Names = Field(default_factory=lambda: ["all"])  # in them; names, or attention | ffn | all
+    freeze_extra_modules: Names = Field(default_factory=list)  # outside of layers: embedding, head, norms, or names
     lora_rank: int = Field(16, ge=1, le=1024)
     lora_alpha: float = Field(32, gt=0)
     lora_dropout: float = Field(0.1, ge=0, lt=1)
@@ -106,6 +115,8 @@ class TuneSettings(Section):
     memory: Literal["auto", "off"] = "auto"  # auto: plan, try the longest batch first, use less when it runs out
     memory_limit_gb: float | None = Field(None, gt=0)  # what the run may use; null: what is free when it starts
     activation_cache_gb: float = Field(1.0, ge=0)  # for what comes out of frozen lower layers; 0: compute it anew
+    fp16: bool = False  # products in float16 and a scaled loss; what learns stays in float32
+    bf16: bool = False  # products in bfloat16; what learns stays in float32
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     eval_steps: int | None = Field(None, ge=1)  # updates between looks at eval_dataset; null: every epoch
@@ -129,6 +140,19 @@ class TuneSettings(Section):
         return self
 
     @model_validator(mode="after")
+    def _suits_its_type(self) -> TuneSettings:
+        wrong = _foreign_keys(self)
+        if wrong is not None:
+            raise ValueError(wrong)
+        return self
+
+    @model_validator(mode="after")
+    def _one_half_format(self) -> TuneSettings:
+        if self.fp16 and self.bf16:
+            raise ValueError("fp16 and bf16 are two formats for the same products; choose one (bf16 where there is any)")
+        return self
+
+    @model_validator(mode="after")
     def _continues_soundly(self) -> TuneSettings:
         wrong = _idle_keys(self) if self.continue_from is None else _conflict(self)
         if wrong is None and _looks_back(self):
@@ -136,6 +160,26 @@ class TuneSettings(Section):
         if wrong is not None:
             raise ValueError(wrong)
         return self
+
+
+def _foreign_keys(s: TuneSettings) -> str | None:
+    """Keys that were given and have no meaning for the finetuning_type: obeyed by nobody, they would mislead."""
+    kind = s.finetuning_type
+    foreign = () if kind == "lora" else tuple(key for key in _LORA_ONLY if key in s.model_fields_set)
+    if foreign:
+        to_go_on = "; to go on from a full run, give its directory as model_name_or_path" * ("continue_from" in foreign)
+        return (
+            f"{', '.join(foreign)}: only with finetuning_type=lora. finetuning_type={kind} trains the weights "
+            f"themselves, without an adapter: leave {'it' if len(foreign) == 1 else 'them'} out{to_go_on}"
+        )
+    foreign = () if kind == "freeze" else tuple(sorted(FREEZE_KEYS & s.model_fields_set))
+    if foreign:
+        return f"{', '.join(foreign)}: only with finetuning_type=freeze, and this is {kind}"
+    if kind == "freeze" and s.phases:
+        return "phases name what learns, and so do freeze_trainable_layers; use phases with finetuning_type=full"
+    if s.freeze_trainable_layers == 0 and not s.freeze_extra_modules:
+        return "freeze_trainable_layers is 0 and freeze_extra_modules is empty: nothing would learn"
+    return None
 
 
 def _looks_back(s: TuneSettings) -> bool:

@@ -21,6 +21,8 @@ from pingjia.tune.cross_entropy import losses_for_logits
 from pingjia.tune.diagnose import find_cause, find_gradient
 from pingjia.tune.distributed import ALONE, Alone
 from pingjia.tune.frozen import Entering, passed_by
+from pingjia.tune.guards import require_graph
+from pingjia.tune.precision import Precision
 from pingjia.types import Encoded
 
 
@@ -57,7 +59,7 @@ Penalty = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`loss` is that of the rows, nats per learnt token; `l2` the penalty that was added to it."""
+    """`loss` is that of the rows, nats per learnt token; `l2` the penalty that was added to it. `event`: for the log."""
 
     loss: float
     l2: float
@@ -65,6 +67,7 @@ class StepResult:
     num_tokens: int
     num_learnt: int
     seconds: float
+    event: str | None = None
 
 
 def build_batch(rows: Sequence[Encoded], family: Family, config: object, device: torch.device) -> MicroBatch:
@@ -135,17 +138,46 @@ def update(
 
     (Averaging per-micro-batch means instead would weigh a short answer's tokens more than a long one's.) Row weights
     multiply the loss but not the number of tokens it is divided by: a row of weight 2 pulls twice as hard, also alone.
-    Raises TrainingError when loss or gradient is not a finite number; the weights are then untouched.
+    Gradients that overflow float16 are computed again from a smaller loss (`precision.py`); `event` says so. Raises
+    TrainingError when loss or gradient is not a finite number; the weights are then untouched.
     """
     started = time.perf_counter()
     tokens, learnt = ranks.total(sum(b.num_tokens for b in batches), sum(b.num_learnt for b in batches))
     num_tokens, num_learnt = int(tokens), int(learnt)
+    first_scale = ranks.precision.scale
+    while True:
+        total, l2 = _gradients(ranks, model, optimizer, batches, num_learnt, penalty, before_each)
+        norm = ranks.clip_grad_norm_(optimizer, max_grad_norm)
+        (total,) = ranks.total(total)
+        if math.isfinite(total) and math.isfinite(norm):
+            break
+        if not math.isfinite(total) or not ranks.precision.skip():
+            raise _diverged(ranks, model, batches if ranks.size == 1 else [], total / num_learnt, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate_factor * group["peak"]
+    event = _overflow_event(ranks.precision, first_scale)
+    ranks.step(optimizer)
+    seconds = time.perf_counter() - started
+    return StepResult(total / num_learnt, l2, norm, num_tokens, num_learnt, seconds, event)
+
+
+def _gradients(
+    ranks: Alone,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[MicroBatch],
+    num_learnt: int,
+    penalty: Penalty | None,
+    before_each: Callable[[], None] | None,
+) -> tuple[float, float]:
+    """Leave the gradient of this process's micro-batches; return (sum of their loss, penalty)."""
     total = l2 = 0.0
     optimizer.zero_grad()
     for number, batch in enumerate(batches):
         if before_each is not None:
             before_each()
-        loss = summed_loss(model, batch)
+        loss = _loss_in_format(ranks, model, batch)
+        require_graph(loss)
         total += loss.detach().item()
         loss = loss / num_learnt
         if penalty is not None and number == 0:
@@ -153,16 +185,21 @@ def update(
             l2 = extra.detach().item()
             loss = loss + extra / ranks.size
         ranks.backward(loss)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = ranks.clip_grad_norm_(parameters, max_grad_norm)
-    (total,) = ranks.total(total)
-    if not math.isfinite(total) or not math.isfinite(norm):
-        raise _diverged(model, batches if ranks.size == 1 else [], total / num_learnt, norm)
-    for group in optimizer.param_groups:
-        group["lr"] = rate_factor * group["peak"]
-    optimizer.step()
-    seconds = time.perf_counter() - started
-    return StepResult(total / num_learnt, l2, norm, num_tokens, num_learnt, seconds)
+    return total, l2
+
+
+def _loss_in_format(ranks: Alone, model: torch.nn.Module, batch: MicroBatch, *, weighted: bool = True) -> torch.Tensor:
+    with ranks.precision.autocast():
+        return summed_loss(model, batch, weighted=weighted)
+
+
+def _overflow_event(precision: Precision, first_scale: float | None) -> str | None:
+    if precision.scale == first_scale:
+        return None
+    return (
+        f"gradients overflowed float16: loss scale {first_scale:.0f} -> {precision.scale:.0f}, same rows again "
+        f"({precision.num_skipped} attempts skipped so far)"
+    )
 
 
 def rehearse_update(ranks: Alone, model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: MicroBatch) -> None:
@@ -173,16 +210,21 @@ def rehearse_update(ranks: Alone, model: torch.nn.Module, optimizer: torch.optim
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments = [torch.full_like(p, 0.0) for p in parameters for _ in range(2)] if not optimizer.state else []
     try:
-        ranks.backward(summed_loss(model, batch) / batch.num_learnt)
+        loss = _loss_in_format(ranks, model, batch)
+        require_graph(loss)
+        ranks.backward(loss / batch.num_learnt)
     finally:
         del moments
         optimizer.zero_grad()
 
 
-def _diverged(model: torch.nn.Module, batches: Sequence[MicroBatch], loss: float, grad_norm: float) -> TrainingError:
+def _diverged(
+    ranks: Alone, model: torch.nn.Module, batches: Sequence[MicroBatch], loss: float, grad_norm: float
+) -> TrainingError:
     """What to say of a loss or gradient that is no number: what it is, where it begins, what to do."""
-    cause = find_cause(model, [partial(summed_loss, model, batch) for batch in batches])
-    why = str(cause) if cause else find_gradient([(n, p) for n, p in model.named_parameters() if p.requires_grad])
+    cause = find_cause(model, [partial(_loss_in_format, ranks, model, batch) for batch in batches])
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    why = str(cause) if cause else find_gradient(named, ranks.precision.scale)
     name, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
     return TrainingError(f"{name} is {value}: training has diverged: {why}; the last checkpoint is still good")
 
@@ -193,7 +235,7 @@ def mean_loss(model: torch.nn.Module, batches: Sequence[MicroBatch], ranks: Alon
     was_training = model.training
     model.eval()
     try:
-        total = sum(summed_loss(model, batch, weighted=False).item() for batch in batches)
+        total = sum(_loss_in_format(ranks, model, batch, weighted=False).item() for batch in batches)
     finally:
         model.train(was_training)
     total, learnt = ranks.total(total, sum(batch.num_learnt for batch in batches))

@@ -11,12 +11,14 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from pingjia.data.settings import DataSettings
 from pingjia.models.settings import ModelSettings
-from pingjia.tune import checkpoint, train
+from pingjia.tune import checkpoint, train, trained
 from pingjia.tune.settings import TuneSettings
 
 torch.set_num_threads(1)
@@ -26,6 +28,7 @@ def die_at_write(number: int) -> None:
     """Kill this process at its `number`-th step of writing: half of a file, a sync, a rename."""
     count = 0
     real = {"sync": checkpoint._sync, "write": checkpoint.write_bytes, "replace": os.replace}
+    real_state, real_tensors = checkpoint.write_state, trained.write_tensors
 
     def is_due() -> bool:
         nonlocal count
@@ -38,6 +41,18 @@ def die_at_write(number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         real["write"](path, data)
 
+    def torn(write: Callable[..., None]) -> Callable[..., None]:
+        """Of what goes straight into a file: half of the file is there."""
+
+        def write_half(path: Path, value: object) -> None:
+            due = is_due()
+            write(path, value)
+            if due:
+                os.truncate(path, path.stat().st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return write_half
+
     def sync(path: object) -> None:
         if is_due():
             os.kill(os.getpid(), signal.SIGKILL)
@@ -49,6 +64,7 @@ def die_at_write(number: int) -> None:
         real["replace"](source, target)
 
     checkpoint.write_bytes, checkpoint._sync, os.replace = write, sync, replace
+    checkpoint.write_state, trained.write_tensors = torn(real_state), torn(real_tensors)
 
 
 def attempt(job: dict, chance: random.Random, *, may_die: bool, is_first: bool) -> bool:

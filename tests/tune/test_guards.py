@@ -168,7 +168,7 @@ def test_a_family_that_is_not_supported(tune: Callable, make_llama: Callable[...
         {"lora_dropout": 1.0},
         {"learning_rate": -1},
         {"num_train_epochs": 0},
-        {"finetuning_type": "full"},
+        {"finetuning_type": "fully"},
         {"warmup_ratio": 1.0},
         {"save_total_limit": 0},
         {"learning_rates": 1},

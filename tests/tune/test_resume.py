@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -166,7 +167,7 @@ def test_a_finished_run_is_nothing_to_do(tune: Train, tmp_path: Path) -> None:
     assert second.was_finished
     assert second.finished
     assert second.last_loss == first.last_loss
-    assert second.adapter_bytes == first.adapter_bytes
+    assert second.stored_bytes == first.stored_bytes
     assert weights(tmp_path / "out") == before
 
 
@@ -287,7 +288,7 @@ def test_a_killed_run_is_billed_up_to_its_last_checkpoint(tune: Train, tmp_path:
     facts = list(ledger.read(kind="train"))
     assert sum(f.trained_tokens for f in facts) == whole.trained_tokens
     assert sum(f.learnt_tokens for f in facts) == whole.learnt_tokens
-    assert facts[-1].stored_bytes == whole.adapter_bytes
+    assert facts[-1].stored_bytes == whole.stored_bytes
 
 
 class Disk:
@@ -297,6 +298,12 @@ class Disk:
         self.room = float("inf")
         self._write = checkpoint_file.write_bytes
         monkeypatch.setattr(checkpoint_file, "write_bytes", self.write)
+        monkeypatch.setattr(checkpoint_file, "write_state", self.write_state)
+
+    def write_state(self, path: Path, state: Any) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self.write(path, buffer.getvalue())
 
     def write(self, path: Path, data: bytes) -> None:
         if len(data) > self.room:
