@@ -7,7 +7,7 @@ K key/value heads, D head size.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,16 +24,30 @@ _CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What one layer keeps per token: keys and values of `num_kv_heads` x `head_dim` each."""
+    """What one layer keeps per token: keys and values of `num_kv_heads` x `head_dim` each.
+
+    dtype: what the network computes in. stored: what pages hold; for int8 a float32 scale per token and head beside it.
+    """
 
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    kept_as: torch.dtype | None = None
+
+    @property
+    def stored(self) -> torch.dtype:
+        return self.kept_as or self.dtype
 
     @property
     def bytes_per_token(self) -> int:
-        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        scale = torch.float32.itemsize if self.stored == torch.int8 else 0
+        return 2 * self.num_kv_heads * (self.head_dim * self.stored.itemsize + scale)
+
+
+def kept_as(layers: dict[int, LayerShape], stored: torch.dtype) -> dict[int, LayerShape]:
+    """The same layers with pages of another number format."""
+    return {index: replace(shape, kept_as=stored) for index, shape in layers.items()}
 
 
 @dataclass(slots=True)
@@ -69,39 +83,73 @@ def free_bytes(device: torch.device) -> int:
 
 
 class KVPool:
-    """Keys and values of all pages, allocated once. Layer i: k[i], v[i] of shape [P, Z, K, D]."""
+    """Keys and values of all pages, allocated once. Layer i: k[i], v[i] of shape [P, Z, K, D].
+
+    For INT8 also k_scale[i], v_scale[i] of shape [P, Z, K, 1]. `dtype` is what goes in and comes out.
+    """
 
     def __init__(self, layers: dict[int, LayerShape], num_pages: int, page_size: int) -> None:
-        self.page_size = page_size
-        self.dtype = next(iter(layers.values())).dtype
-        self.device = next(iter(layers.values())).device
-        self.k = {i: _pages_like(shape, num_pages, page_size) for i, shape in layers.items()}
-        self.v = {i: _pages_like(shape, num_pages, page_size) for i, shape in layers.items()}
+        first = next(iter(layers.values()))
+        self.page_size, self.dtype, self.device = page_size, first.dtype, first.device
+        self.rounds = first.stored != first.dtype
+        sizes = {i: (num_pages, page_size, s.num_kv_heads, s.head_dim) for i, s in layers.items()}
+        self.k = {i: zero_pages(shape, sizes[i]) for i, shape in layers.items()}
+        self.v = {i: zero_pages(shape, sizes[i]) for i, shape in layers.items()}
+        self.k_scale: dict[int, torch.Tensor] = {}
+        self.v_scale: dict[int, torch.Tensor] = {}
+        if first.stored == torch.int8:
+            for scales in (self.k_scale, self.v_scale):
+                scales |= {i: torch.zeros(*size[:3], 1, device=self.device) for i, size in sizes.items()}
         # One layer's gathered keys and values at a time: without these buffers every gather of more than some MB asks
         # the kernel for fresh memory, which measured ten times slower than the copy itself.
         self._scratch = {name: torch.empty(0) for name in "kv"}
 
     def write(self, layer_idx: int, slots_T: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> None:
-        self.k[layer_idx].flatten(0, 1).index_copy_(0, slots_T, k_TKD)
-        self.v[layer_idx].flatten(0, 1).index_copy_(0, slots_T, v_TKD)
+        self._write(self.k[layer_idx], self.k_scale.get(layer_idx), slots_T, k_TKD)
+        self._write(self.v[layer_idx], self.v_scale.get(layer_idx), slots_T, v_TKD)
+
+    @staticmethod
+    def _write(
+        pages_PZKD: torch.Tensor, scales_PZK1: torch.Tensor | None, slots_T: torch.Tensor, x_TKD: torch.Tensor
+    ) -> None:
+        if scales_PZK1 is not None:
+            x_TKD, scale_TK1 = _to_int8(x_TKD)
+            scales_PZK1.flatten(0, 1).index_copy_(0, slots_T, scale_TK1)
+        pages_PZKD.flatten(0, 1).index_copy_(0, slots_T, x_TKD.to(pages_PZKD.dtype))
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [tensor for part in (self.k, self.v, self.k_scale, self.v_scale) for tensor in part.values()]
 
     def scrub(self, pages: list[int]) -> None:
         """Forget the content of pages that may hold not-a-numbers: masked keys are still multiplied, by zero."""
-        for tensor in (*self.k.values(), *self.v.values()):
+        for tensor in self._tensors():
             tensor[pages] = 0
 
     def copy(self, pages: list[tuple[int, int]]) -> None:
         """Copy whole pages, (from, to) each, in every layer: what a forked answer goes on from."""
         sources, targets = [list(side) for side in zip(*pages, strict=True)] if pages else ([], [])
-        for tensor in (*self.k.values(), *self.v.values()):
+        for tensor in self._tensors():
             tensor[targets] = tensor[sources]
 
     def gather(self, layer_idx: int, pages_NP: torch.Tensor, num_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [N, K, S, D] of the first `num_keys` tokens on these pages; valid until the next gather."""
         return (
-            self._gather("k", self.k[layer_idx], pages_NP)[:, :, :num_keys],
-            self._gather("v", self.v[layer_idx], pages_NP)[:, :, :num_keys],
+            self._widen(
+                self._gather("k", self.k[layer_idx], pages_NP), self.k_scale.get(layer_idx), pages_NP, num_keys
+            ),
+            self._widen(
+                self._gather("v", self.v[layer_idx], pages_NP), self.v_scale.get(layer_idx), pages_NP, num_keys
+            ),
         )
+
+    def _widen(
+        self, x_NKSD: torch.Tensor, scales_PZK1: torch.Tensor | None, pages_NP: torch.Tensor, num_keys: int
+    ) -> torch.Tensor:
+        x_NKSD = x_NKSD[:, :, :num_keys].to(self.dtype)
+        if scales_PZK1 is None:
+            return x_NKSD
+        scale_NKS1 = scales_PZK1[pages_NP].flatten(1, 2).transpose(1, 2)[:, :, :num_keys]
+        return x_NKSD * scale_NKS1.to(self.dtype)
 
     def _gather(self, name: str, pool_PZKD: torch.Tensor, pages_NP: torch.Tensor) -> torch.Tensor:
         shape = (pages_NP.numel(), *pool_PZKD.shape[1:])
@@ -114,13 +162,20 @@ class KVPool:
         return out.view(pages_NP.shape[0], -1, *shape[2:]).transpose(1, 2)
 
 
-def _pages_like(shape: LayerShape, num_pages: int, page_size: int) -> torch.Tensor:
+def _to_int8(x_TKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounded to nearest, and the scale of every token and head [T, K, 1]. A not-a-number stays one, in the scale."""
+    scale_TK1 = x_TKD.float().abs().amax(-1, keepdim=True) / 127
+    rounded = (x_TKD / torch.where(scale_TK1 > 0, scale_TK1, 1.0)).round_().nan_to_num_(0.0)
+    return rounded.to(torch.int8), scale_TK1
+
+
+def zero_pages(shape: LayerShape, size: tuple[int, ...]) -> torch.Tensor:
     """Zeros, because the unused end of a page is read too, and masked: a stale not-a-number would survive the mask."""
-    size = (num_pages, page_size, shape.num_kv_heads, shape.head_dim)
     if shape.device.type != "cpu":
-        return torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        return torch.zeros(size, dtype=shape.stored, device=shape.device)
     # numpy leaves zeroing to the system: a page costs memory from its first use on, while torch.zeros touches all.
-    return torch.from_numpy(np.zeros(math.prod(size) * shape.dtype.itemsize, np.uint8)).view(shape.dtype).view(size)
+    zeros = torch.from_numpy(np.zeros(math.prod(size) * shape.stored.itemsize, np.uint8))
+    return zeros.view(shape.stored).view(size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,8 +294,10 @@ def _decodes(rows: list[Slice], first: int, pool: KVPool) -> Decodes:
 def _prefill(piece: Slice, first: int, pool: KVPool) -> Prefill:
     last, prefix_len = first + piece.num_tokens, piece.sequence.prefix_len
     two_way = piece.start + 1 < prefix_len
+    # A pool that rounds is read by every piece, so that the result is the same however a prompt was cut.
+    reads = piece.start > 0 or pool.rounds
     mask = _additive(visible(piece.start, piece.stop, prefix_len), pool) if piece.start or two_way else None
-    if not piece.start:
+    if not reads:
         return Prefill(first, last, None, piece.stop, mask)
     pages = piece.sequence.pages[: -(-piece.stop // pool.page_size)]
     return Prefill(first, last, torch.tensor([pages], device=pool.device), piece.stop, mask)

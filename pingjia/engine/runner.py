@@ -45,6 +45,9 @@ class Runner:
         best: list[int] = logits_SV.argmax(-1).tolist()
         return sound, best
 
+    def adapters_changed(self) -> None:
+        """Nothing: the modules that hold the adapters are asked in every step."""
+
     def _positions(self, rows: list[Slice]) -> torch.Tensor:
         """int64 [1, T], or [1, 2, T] for two-dimensional positions."""
         config, positions = self._model.config, self._family.positions

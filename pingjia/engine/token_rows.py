@@ -65,12 +65,16 @@ class AdaptedEmbedding(AdaptedTable):
 class AdaptedHead(AdaptedTable):
     def forward(self, x_1SH: torch.Tensor) -> torch.Tensor:
         logits_1SV: torch.Tensor = self.base(x_1SH)
+        self.overwrite(x_1SH[0], logits_1SV[0])
+        return logits_1SV
+
+    def overwrite(self, x_SH: torch.Tensor, logits_SV: torch.Tensor) -> None:
+        """Put the logits of every adapter's own tokens in the place of the base's, in place."""
         for key, index in self._adapter_rows.outputs.items():
             own = self.rows.get(key)
             if own is not None:
-                logits_SN = x_1SH[0, index].to(own.row_NH.dtype) @ own.row_NH.T
-                logits_1SV[0, index[:, None], own.token_N] = logits_SN.to(logits_1SV.dtype)
-        return logits_1SV
+                logits_SN = x_SH[index].to(own.row_NH.dtype) @ own.row_NH.T
+                logits_SV[index[:, None], own.token_N] = logits_SN.to(logits_SV.dtype)
 
 
 def attach_rows(model: torch.nn.Module, key: str, rows: Mapping[str, TokenRows], adapter_rows: AdapterRows) -> None:

@@ -1,0 +1,114 @@
+// Sixteen floats at a time, in GCC's and Clang's own vector types. A file pass_NAME.cpp includes it in
+// its unnamed namespace: nothing here is shared between files compiled with different flags.
+
+typedef float F16 __attribute__((vector_size(64)));
+typedef int32_t I16 __attribute__((vector_size(64)));
+typedef int8_t B16 __attribute__((vector_size(16)));
+typedef uint16_t H16 __attribute__((vector_size(32)));
+typedef uint32_t U16 __attribute__((vector_size(64)));
+
+static inline F16 load(const float* p) {
+  F16 v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline void store(float* p, F16 v) { __builtin_memcpy(p, &v, sizeof v); }
+
+static inline F16 load_n(const float* p, int64_t n) {
+  F16 v = {};
+  __builtin_memcpy(&v, p, n * sizeof(float));
+  return v;
+}
+
+static inline void store_n(float* p, F16 v, int64_t n) { __builtin_memcpy(p, &v, n * sizeof(float)); }
+
+static inline F16 load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (F16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
+  B16 v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, F16);
+#endif
+}
+
+static inline F16 load_n(const int8_t* p, int64_t n) {
+  B16 v = {};
+  __builtin_memcpy(&v, p, n);
+  return __builtin_convertvector(v, F16);
+}
+
+static inline F16 widen(H16 h) {
+#if defined(__AVX512F__)
+  return (F16)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  __m128i parts[2];
+  __m256 wide[2];
+  __builtin_memcpy(parts, &h, sizeof parts);
+  wide[0] = _mm256_cvtph_ps(parts[0]);
+  wide[1] = _mm256_cvtph_ps(parts[1]);
+  F16 v;
+  __builtin_memcpy(&v, wide, sizeof v);
+  return v;
+#else
+  F16 v;
+  for (int i = 0; i < 16; ++i) v[i] = half_to_float(h[i]);
+  return v;
+#endif
+}
+
+static inline F16 load(const uint16_t* p) {
+  H16 h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return widen(h);
+}
+
+static inline F16 load_n(const uint16_t* p, int64_t n) {
+  H16 h = {};
+  __builtin_memcpy(&h, p, n * sizeof(uint16_t));
+  return widen(h);
+}
+
+static inline F16 splat(float x) { return F16{} + x; }
+
+static inline F16 vmax(F16 a, F16 b) { return a > b ? a : b; }
+
+// Fixed order, so that a row gives the same bits wherever it is computed.
+static inline float hsum(F16 v) {
+  float a[16];
+  __builtin_memcpy(a, &v, sizeof a);
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) a[i] += a[i + half];
+  return a[0];
+}
+
+static inline float hmax(F16 v) {
+  float a[16];
+  __builtin_memcpy(a, &v, sizeof a);
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) a[i] = a[i] > a[i + half] ? a[i] : a[i + half];
+  return a[0];
+}
+
+// e^x to 2 units in the last place for x in [-87, 88]; clamped outside, not-a-number stays one.
+static inline F16 vexp(F16 x) {
+  x = x < splat(-87.0f) ? splat(-87.0f) : x;
+  x = x > splat(88.0f) ? splat(88.0f) : x;
+  const F16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  F16 n = x * 1.44269504f + magic;
+  n -= magic;
+  F16 r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  F16 p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  I16 bits = (__builtin_convertvector(n, I16) + 127) << 23;
+  F16 power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
