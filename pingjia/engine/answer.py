@@ -15,11 +15,12 @@ class StopStrings:
     """Finds stop strings in text that arrives in pieces, however it is cut into them.
 
     The answer ends at the first character at which any stop string is complete; the longest one complete there is cut
-    off. Text that may still become the start of one is held back.
+    off, or kept where `keeps` it. Text that may still become the start of one is held back.
     """
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
+    def __init__(self, stops: tuple[str, ...], *, keeps: bool = False) -> None:
         self._stops = stops
+        self._keeps = keeps
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
@@ -31,7 +32,7 @@ class StopStrings:
         for end in range(new_from + 1, len(self._held) + 1):
             hit = max((len(s) for s in self._stops if self._held.endswith(s, 0, end)), default=0)
             if hit:
-                certain, self._held = self._held[: end - hit], ""
+                certain, self._held = self._held[: end if self._keeps else end - hit], ""
                 return certain, True
         keep = self._longest_start()
         certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
@@ -53,14 +54,16 @@ class Answer:
     """What has been said of one request. `push` per token until a chunk has a finish_reason, or `end` to cut it short.
 
     `token_ids` hold every sampled token, the one that ended the answer included; `text` holds neither that token's
-    text nor a stop string nor anything after it.
+    text nor a stop string (unless it was asked for) nor anything after it. Stop strings are looked for in what comes
+    after the first `min_tokens` tokens.
     """
 
     def __init__(self, sampling: Sampling, stop_ids: frozenset[int], decoder: StreamDecoder, num_prompt: int) -> None:
         self._max_tokens = sampling.max_tokens
         self._stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else stop_ids)
         self._decoder = decoder
-        self._stops = StopStrings(sampling.stop)
+        self._min_tokens = sampling.min_tokens
+        self._stops = StopStrings(sampling.stop, keeps=sampling.include_stop_str_in_output)
         self._num_prompt = num_prompt
         self._num_tokens = 0
 
@@ -71,14 +74,17 @@ class Answer:
         if pick.token_id in self._stop_ids:
             text, reason = "", "stop"
         else:
-            text, stopped = self._stops.push(self._decoder.feed([pick.token_id]))
-            reason = "stop" if stopped else "length" if self._num_tokens >= self._max_tokens else None
+            text, stopped = self._look(self._decoder.feed([pick.token_id]))
             if stopped:
-                return self._chunk(text, pick, reason, num_cached)
+                return self._chunk(text, pick, "stop", num_cached)
+            reason = "stop" if pick.ends else "length" if self._num_tokens >= self._max_tokens else None
         if reason is not None:
             rest, reason = self._rest(reason)
             text += rest
         return self._chunk(text, pick, reason, num_cached)
+
+    def _look(self, text: str) -> tuple[str, bool]:
+        return (text, False) if self._num_tokens <= self._min_tokens else self._stops.push(text)
 
     def end(self, reason: FinishReason, num_cached: int, error: str | None = None) -> Chunk:
         """The last chunk of an answer that was cut short: what was held back, and why."""

@@ -42,6 +42,7 @@ _log = logging.getLogger(__name__)
 Done = list[tuple[Slice, Pick | None]]
 
 
+Broken = dict[Slice, str]
 @dataclass(slots=True)
 class _Live:
     """An accepted request that has not ended."""
@@ -190,6 +191,14 @@ class Engine:
         """Accept a request; it joins at the next step.
 
         Raises RequestError (PromptTooLong with both numbers, ModelNotFound); then nothing has been accepted.
+    def prepare(self, sampling: Sampling) -> None:
+        """Compile what `add` will need (a grammar), without waiting for the step in progress.
+
+        May be left out: then `add` does it, and the steps wait. Raises RequestError.
+        """
+        if sampling.grammar is not None:
+            self._grammars.matcher(sampling.grammar)
+
         """
         with self._lock:
             digest = self._check(request)
@@ -202,16 +211,22 @@ class Engine:
                 prefix_len=self._prefix_len(prompt_ids),
                 adapter=digest,
             )
-            seed = request.sampling.seed if request.sampling.seed is not None else self._seeds.getrandbits(63)
-            sampler = Sampler(request.sampling, prompt_ids, seed)
-            answer = Answer(request.sampling, self.tokenizer.stop_ids, self.tokenizer.stream_answer(), len(prompt_ids))
-            self._live[request.id] = _Live(request, sequence, sampler, answer)
+            self._live[request.id] = _Live(request, sequence, *self._sayer(request))
             self._scheduler.add(sequence)
 
     def cancel(self, request_id: str) -> None:
         """End a request before the next step; that step reports its last chunk. Unknown and ended ids are no error."""
         with self._lock:
             live = self._live.get(request_id)
+    def _sayer(self, request: Request) -> tuple[Sampler, Answer]:
+        """What chooses the tokens of a request, and what makes chunks of them."""
+        sampling, stop_ids = request.sampling, self.tokenizer.stop_ids
+        seed = sampling.seed if sampling.seed is not None else self._seeds.getrandbits(63)
+        matcher = self._grammars.matcher(sampling.grammar) if sampling.grammar else None
+        sampler = Sampler(sampling, request.prompt_ids, seed, stop_ids=stop_ids, matcher=matcher)
+        decoder = self._grammars.stream() if sampling.grammar else self.tokenizer.stream_answer()
+        return sampler, Answer(sampling, stop_ids, decoder, len(request.prompt_ids))
+
             if live is not None:
                 self._drop(live)
                 self._route([(request_id, live.answer.end("cancelled", live.num_cached))])
@@ -277,7 +292,7 @@ class Engine:
         return [*self._report(done), *(self._fail(piece, error) for piece, error in broken.items())]
 
     @torch.inference_mode()
-    def _compute(self, plan: list[Slice]) -> tuple[Done, dict[Slice, str]]:
+    def _compute(self, plan: list[Slice]) -> tuple[Done, Broken]:
         """Run the plan and choose tokens; return the slices that went well, and those that did not with the reason."""
         try:
             logits = self._runner.run(plan)
@@ -289,9 +304,7 @@ class Engine:
         except Exception as e:  # whatever a network, a kernel or the allocator raises must not end the engine
             _log.exception("a step of %d requests failed", len(plan))
             return [], dict.fromkeys(plan, f"the engine failed: {type(e).__name__}: {_first_line(e)}")
-        done = [(piece, picks.get(row)) for row, piece in enumerate(plan) if sound[row]]
-        broken = [piece for row, piece in enumerate(plan) if not sound[row]]
-        return done, dict.fromkeys(broken, "the network's output is not a number for this request")
+        return _sorted_out(plan, sound, picks)
 
     def _report(self, done: Done) -> Iterator[tuple[str, Chunk]]:
         for piece, picked in done:
@@ -339,6 +352,9 @@ class Engine:
                 f"the prompt has {len(ids)} tokens and max_tokens is {request.sampling.max_tokens}: together {wanted}, "
                 f"but a request may have {longest} here; shorten the prompt or lower max_tokens"
             )
+        biased = max(dict(request.sampling.logit_bias), default=0)
+        if biased >= self._vocab_size:
+            raise RequestError(f"logit_bias: token {biased} is outside 0..{self._vocab_size - 1}", param="logit_bias")
         return self._served.digest(request.adapter)
 
     def _prefix_len(self, prompt_ids: tuple[int, ...]) -> int:
@@ -380,6 +396,20 @@ def _limits(settings: EngineSettings, model: PreTrainedModel, layers: dict[int, 
         model_len=max_model_len(model.config),
         bytes_per_token=sum(shape.bytes_per_token for shape in layers.values()),
         free_bytes=free_bytes(model.device),
+def _sorted_out(plan: list[Slice], sound: list[bool], picks: dict[int, Pick | DeadEnd]) -> tuple[Done, Broken]:
+    done: Done = []
+    broken: Broken = {}
+    for row, piece in enumerate(plan):
+        picked = picks.get(row)
+        if not sound[row]:
+            broken[piece] = "the network's output is not a number for this request"
+        elif isinstance(picked, DeadEnd):
+            broken[piece] = f"the answer cannot go on as its grammar wants: {picked}"
+        else:
+            done.append((piece, picked))
+    return done, broken
+
+
     )
 
 

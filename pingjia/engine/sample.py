@@ -1,4 +1,7 @@
-"""A row of logits -> the next token. Knows nothing of text; stop rules are in answer.py.
+"""A row of logits -> the next token. Knows nothing of text; stop rules are in answer.py, grammars in grammar.py.
+
+In the order of vLLM: bias and the ban of early ends, penalties, the grammar's mask; then greedy, or temperature and
+the filters. Log-probabilities are the model's own, before all that.
 
 Shapes: R rows, V vocabulary.
 """
@@ -6,11 +9,12 @@ Shapes: R rows, V vocabulary.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from pingjia.engine.grammar import DeadEnd, Matcher
 from pingjia.types import Sampling, TokenLogprob
 
 _LIKELY = 256  # a nucleus is mostly smaller than this; sorting a whole vocabulary costs 30 times as much
@@ -18,23 +22,33 @@ _LIKELY = 256  # a nucleus is mostly smaller than this; sorting a whole vocabula
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """The token chosen for one row, and what the model thought of it if that was asked for."""
+    """The token chosen for one row, and what the model thought of it if that was asked for.
+
+    ends: a grammar says that the answer is complete with it.
+    """
 
     token_id: int
     logprob: TokenLogprob | None = None
+    ends: bool = False
 
 
 class Sampler:
-    """The choices of one request: its own random numbers and the tokens it has seen.
+    """The choices of one request: its own random numbers, the tokens it has seen, how far it is in its grammar.
 
     Which other requests share the batch changes nothing here, and preemption keeps the object, so a seeded answer can
-    be had again.
+    be had again. stop_ids: what must not be sampled before `min_tokens`.
     """
 
-    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], seed: int) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt_ids: Sequence[int], seed: int,
+        *, stop_ids: Iterable[int] = (), matcher: Matcher | None = None,
+    ) -> None:  # fmt: skip
         self.sampling = sampling
         self._random = random.Random(seed)  # noqa: S311  not a secret
         self._prompt_ids = prompt_ids
+        self._matcher = matcher
+        self._num_chosen = 0
+        self._banned = sorted({*stop_ids, *sampling.stop_token_ids}) if sampling.min_tokens else []
         self._has_penalty = sampling.repetition_penalty != 1 or bool(
             sampling.frequency_penalty or sampling.presence_penalty
         )
@@ -42,23 +56,45 @@ class Sampler:
 
     @property
     def is_argmax(self) -> bool:
-        """Greedy and unpenalised: whoever has the logits may take the largest."""
-        return self.sampling.temperature == 0 and not self._has_penalty
+        """Greedy, and nothing changes the logits: whoever has them may take the largest."""
+        return self.sampling.temperature == 0 and not (
+            self._has_penalty or self.sampling.logit_bias or self._matcher or self._bans_stops
+        )
+
+    @property
+    def _bans_stops(self) -> bool:
+        return bool(self._banned) and self._num_chosen < self.sampling.min_tokens
 
     def choose(self, logits_V: torch.Tensor) -> int:
-        """Sample from one row of float32 logits on the CPU, which is left unchanged."""
+        """Sample from one row of float32 logits on the CPU, which is left unchanged. Raises DeadEnd."""
+        logits_V = self._biased(logits_V)
         if self._has_penalty:
             logits_V = self._penalise(logits_V)
+        if self._matcher is not None:
+            logits_V = torch.where(self._matcher.allowed_V(), logits_V, -torch.inf)
         if self.sampling.temperature == 0:
             return int(logits_V.argmax())
         return self._draw(logits_V / self.sampling.temperature)
 
-    def record(self, token_id: int) -> None:
-        """Count a token that has become part of the answer."""
+    def record(self, token_id: int) -> bool:
+        """Count a token that has become part of the answer; return whether its grammar says that it is complete."""
+        self._num_chosen += 1
         if self._has_penalty:
             counts_V, seen_V = self._tables_V
             counts_V[token_id] += 1
             seen_V[token_id] = True
+        return self._matcher is not None and self._matcher.accept(token_id)
+
+    def _biased(self, logits_V: torch.Tensor) -> torch.Tensor:
+        """What the caller adds to single tokens, and no end before its time."""
+        if not (self.sampling.logit_bias or self._bans_stops):
+            return logits_V
+        logits_V = logits_V.clone()
+        for token, value in dict(self.sampling.logit_bias).items():
+            logits_V[token] += value
+        if self._bans_stops:
+            logits_V[self._banned] = -torch.inf
+        return logits_V
 
     def _penalise(self, logits_V: torch.Tensor) -> torch.Tensor:
         """Repetition over prompt and answer (arXiv:1909.05858); frequency and presence over the answer (OpenAI)."""
@@ -116,23 +152,29 @@ def _sorted_probs(logits_V: torch.Tensor, sampling: Sampling) -> tuple[torch.Ten
     return best.values, best.indices
 
 
-def pick(logits_RV: torch.Tensor, samplers: Sequence[Sampler], best_R: Sequence[int] | None = None) -> list[Pick]:
+def pick(
+    logits_RV: torch.Tensor, samplers: Sequence[Sampler], best_R: Sequence[int] | None = None
+) -> list[Pick | DeadEnd]:
     """Choose one token per row. Rows must be finite; the samplers have recorded the tokens when this returns.
 
-    best_R: where the largest logit of each row is, if that is known already.
+    best_R: where the largest logit of each row is, if that is known already. A row whose grammar allows nothing gives
+    the DeadEnd, and the others their picks.
     """
     if best_R is None:
         best_R = logits_RV.argmax(-1).tolist()
-    picks = []
-    for row, sampler in enumerate(samplers):
-        token_id, logprob = best_R[row], None
+    return [_pick_row(logits_RV[row], best_R[row], sampler) for row, sampler in enumerate(samplers)]
+
+
+def _pick_row(logits_V: torch.Tensor, best: int, sampler: Sampler) -> Pick | DeadEnd:
+    token_id, logprob = best, None
+    try:
         if not sampler.is_argmax or sampler.sampling.logprobs is not None:
-            logits_V = logits_RV[row].float().cpu()
-            token_id = best_R[row] if sampler.is_argmax else sampler.choose(logits_V)
+            logits_V = logits_V.float().cpu()
+            token_id = best if sampler.is_argmax else sampler.choose(logits_V)
             logprob = _logprob(logits_V, token_id, sampler.sampling.logprobs)
-        sampler.record(token_id)
-        picks.append(Pick(token_id, logprob))
-    return picks
+        return Pick(token_id, logprob, sampler.record(token_id))
+    except DeadEnd as e:
+        return e
 
 
 def _logprob(logits_V: torch.Tensor, token_id: int, num_top: int | None) -> TokenLogprob | None:

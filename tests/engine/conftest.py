@@ -65,6 +65,9 @@ class LetterTokenizer:
     def stream(self) -> StreamDecoder:
         return Letters()
 
+    def token_bytes(self, token: int) -> bytes:
+        return chr(token).encode() if 3 <= token < VOCAB else b""
+
     def save(self, directory: Path) -> None:
         raise ModelError("not used by the engine")
 
