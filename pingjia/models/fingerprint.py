@@ -8,18 +8,24 @@ import torch
 
 from pingjia.models.vocabulary import ADDED
 
+TUNED = "tuned_by_run"
+"""Key of config.json: the fingerprint of the run that trained these weights. It may have left all norms as they were."""
+
 
 def base_fingerprint(model: torch.nn.Module) -> str:
     """sha256 over the names and values of all one-dimensional parameters (norms and biases).
 
     They differ between any two trainings of one architecture, are never quantised, and are few enough to hash in
     milliseconds. Values are rounded to bfloat16 first, so the number format a base was loaded in does not matter.
-    Tokens added to the vocabulary (vocabulary.py) count too: they leave those parameters as they were.
+    Tokens added to the vocabulary (vocabulary.py) count too, and a run that trained some of the weights (TUNED): both
+    may leave those parameters as they were.
     """
     digest = hashlib.sha256()
-    added = getattr(getattr(model, "config", None), ADDED, None)
+    added, tuned = getattr(getattr(model, "config", None), ADDED, None), getattr(getattr(model, "config", None), TUNED, None)
     if added:
         digest.update(f"{ADDED}:{added['sha256']}".encode())
+    if tuned:
+        digest.update(f"{TUNED}:{tuned}".encode())
     for name, parameter in sorted(model.named_parameters()):
         if parameter.ndim == 1 and parameter.is_floating_point():
             digest.update(f"{name}:{tuple(parameter.shape)}".encode())
