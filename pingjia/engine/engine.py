@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from pingjia.chat import Tokenizer, load_tokenizer
 from pingjia.engine import sequence as sequences
 from pingjia.engine.answer import Answer
+from pingjia.engine.grammar import DeadEnd, Grammars
 from pingjia.engine.kv import KVPool, LayerShape, free_bytes
 from pingjia.engine.limits import Limits, resolve
 from pingjia.engine.pages import PageAllocator
@@ -40,9 +41,9 @@ from pingjia.types import Chunk, Completion, EngineStats, ModelCard, Prompt, Req
 
 _log = logging.getLogger(__name__)
 Done = list[tuple[Slice, Pick | None]]
-
-
 Broken = dict[Slice, str]
+
+
 @dataclass(slots=True)
 class _Live:
     """An accepted request that has not ended."""
@@ -100,6 +101,7 @@ class Engine:
         self._scheduler = Scheduler(_seats(settings, self._family), self._pages)
         self._pool = KVPool(layers, num_pages, settings.page_size)
         self._served = Served(base, self.limits.max_model_len)
+        self._grammars = Grammars(self.tokenizer, self._vocab_size)
         self._runner = Runner(base.model, self._family, self._pool, self._served.rows)
         self._seeds = random.Random(settings.seed)  # noqa: S311  not a secret
         self._live: dict[str, _Live] = {}
@@ -187,10 +189,6 @@ class Engine:
 
     # ---- requests, one by one
 
-    def add(self, request: Request) -> None:
-        """Accept a request; it joins at the next step.
-
-        Raises RequestError (PromptTooLong with both numbers, ModelNotFound); then nothing has been accepted.
     def prepare(self, sampling: Sampling) -> None:
         """Compile what `add` will need (a grammar), without waiting for the step in progress.
 
@@ -199,6 +197,10 @@ class Engine:
         if sampling.grammar is not None:
             self._grammars.matcher(sampling.grammar)
 
+    def add(self, request: Request) -> None:
+        """Accept a request; it joins at the next step.
+
+        Raises RequestError (PromptTooLong with both numbers, ModelNotFound); then nothing has been accepted.
         """
         with self._lock:
             digest = self._check(request)
@@ -214,10 +216,6 @@ class Engine:
             self._live[request.id] = _Live(request, sequence, *self._sayer(request))
             self._scheduler.add(sequence)
 
-    def cancel(self, request_id: str) -> None:
-        """End a request before the next step; that step reports its last chunk. Unknown and ended ids are no error."""
-        with self._lock:
-            live = self._live.get(request_id)
     def _sayer(self, request: Request) -> tuple[Sampler, Answer]:
         """What chooses the tokens of a request, and what makes chunks of them."""
         sampling, stop_ids = request.sampling, self.tokenizer.stop_ids
@@ -227,6 +225,10 @@ class Engine:
         decoder = self._grammars.stream() if sampling.grammar else self.tokenizer.stream_answer()
         return sampler, Answer(sampling, stop_ids, decoder, len(request.prompt_ids))
 
+    def cancel(self, request_id: str) -> None:
+        """End a request before the next step; that step reports its last chunk. Unknown and ended ids are no error."""
+        with self._lock:
+            live = self._live.get(request_id)
             if live is not None:
                 self._drop(live)
                 self._route([(request_id, live.answer.end("cancelled", live.num_cached))])
@@ -346,15 +348,15 @@ class Engine:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
         if min(ids) < 0 or max(ids) >= self._vocab_size:
             raise RequestError(f"prompt token ids must be 0 to {self._vocab_size - 1}", param="prompt")
+        biased = max(dict(request.sampling.logit_bias), default=0)
+        if biased >= self._vocab_size:
+            raise RequestError(f"logit_bias: token {biased} is outside 0..{self._vocab_size - 1}", param="logit_bias")
         wanted = len(ids) + request.sampling.max_tokens
         if wanted > longest:
             raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens and max_tokens is {request.sampling.max_tokens}: together {wanted}, "
                 f"but a request may have {longest} here; shorten the prompt or lower max_tokens"
             )
-        biased = max(dict(request.sampling.logit_bias), default=0)
-        if biased >= self._vocab_size:
-            raise RequestError(f"logit_bias: token {biased} is outside 0..{self._vocab_size - 1}", param="logit_bias")
         return self._served.digest(request.adapter)
 
     def _prefix_len(self, prompt_ids: tuple[int, ...]) -> int:
@@ -390,12 +392,6 @@ class Engine:
         self._last_step_at = now
 
 
-def _limits(settings: EngineSettings, model: PreTrainedModel, layers: dict[int, LayerShape]) -> Limits:
-    return resolve(
-        settings,
-        model_len=max_model_len(model.config),
-        bytes_per_token=sum(shape.bytes_per_token for shape in layers.values()),
-        free_bytes=free_bytes(model.device),
 def _sorted_out(plan: list[Slice], sound: list[bool], picks: dict[int, Pick | DeadEnd]) -> tuple[Done, Broken]:
     done: Done = []
     broken: Broken = {}
@@ -410,6 +406,12 @@ def _sorted_out(plan: list[Slice], sound: list[bool], picks: dict[int, Pick | De
     return done, broken
 
 
+def _limits(settings: EngineSettings, model: PreTrainedModel, layers: dict[int, LayerShape]) -> Limits:
+    return resolve(
+        settings,
+        model_len=max_model_len(model.config),
+        bytes_per_token=sum(shape.bytes_per_token for shape in layers.values()),
+        free_bytes=free_bytes(model.device),
     )
 
 

@@ -163,9 +163,7 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int, grammar: Grammar) -> Any:
     known = [token for token in tokens if token is not None]
     stop_ids = sorted(i for i in tokenizer.stop_ids if i < len(known))
     if len(known) < len(tokens) or not stop_ids:
-        reason = (
-            "ends no answer with a token" if len(known) == len(tokens) else "has tokens without a text of their own"
-        )
+        reason = "has no stop token" if len(known) == len(tokens) else "has tokens without a text of their own"
         raise grammar.refusal(f"this model's tokenizer {reason}, so its answers cannot be held to a grammar")
     known += [b""] * (vocab_size - len(known))
     wrapped = llguidance.TokenizerWrapper(_Tokens(tokenizer, known, stop_ids))
