@@ -9,7 +9,7 @@ import torch
 from pingjia.models.vocabulary import ADDED
 
 TUNED = "tuned_by_run"
-"""Key of config.json: the fingerprint of the run that trained these weights. It may have left all norms as they were."""
+"""Key of config.json: the fingerprint of the run that trained these weights, with or without the norms."""
 
 
 def base_fingerprint(model: torch.nn.Module) -> str:
