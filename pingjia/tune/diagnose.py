@@ -47,7 +47,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _advice(dtype: torch.dtype) -> str:
     if dtype == torch.float16:
-        return "Use dtype=bfloat16, or float32 where the device has none"
+        return "Use bf16=true (or dtype=bfloat16), or float32 where the device has no bfloat16"
     return "Lower learning_rate (try a tenth)"
 
 
@@ -62,14 +62,19 @@ def find_cause(model: torch.nn.Module, forward_passes: Sequence[Callable[[], obj
     return None
 
 
-def find_gradient(named: Sequence[tuple[str, torch.nn.Parameter]]) -> str:
-    """What is known when only gradients hold numbers that are none."""
+def find_gradient(named: Sequence[tuple[str, torch.nn.Parameter]], loss_scale: float | None = None) -> str:
+    """What is known when only gradients hold numbers that are none. `loss_scale`: of float16, at its least."""
     bad = [name for name, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
     if not bad:
         return "every gradient is a number and their norm is none: it is too large. Lower learning_rate (try a tenth)"
-    dtypes = {p.dtype for _, p in named}
-    half = torch.float16 in dtypes
-    advice = "The loss was scaled too high for float16: use dtype=bfloat16" if half else _advice(torch.float32)
+    advice = _advice(torch.float32)
+    if loss_scale is not None:
+        advice = (
+            f"They overflow float16 although the loss is scaled by {loss_scale:.0f} only: use bf16=true, or float32 "
+            "(leave fp16 out) where the device has no bfloat16; or lower learning_rate (try a tenth)"
+        )
+    elif torch.float16 in {p.dtype for _, p in named}:
+        advice = "The loss was scaled too high for float16: use dtype=bfloat16"
     return (
         f"the forward pass is sound, and {len(bad)} of {len(named)} gradients are not, the last of them in the order "
         f"of the network that of {module_of(bad[-1])}. {advice}"

@@ -28,6 +28,7 @@ from pingjia.errors import PingjiaError, TrainingError
 from pingjia.models.device import collective_backend, has_fused_optimizer
 from pingjia.tune.frozen import layers_of
 from pingjia.tune.launch import RANK, WORLD_SIZE, is_rank
+from pingjia.tune.precision import PLAIN, Precision, pick_precision
 from pingjia.tune.settings import DistributedSettings, TuneSettings
 
 T = TypeVar("T")
@@ -52,8 +53,8 @@ class Alone:
     rank = 0
     size = 1
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, precision: Precision = PLAIN) -> None:
+        self.device, self.precision = device, precision
 
     @property
     def is_first(self) -> bool:
@@ -71,16 +72,23 @@ class Alone:
         return []
 
     def optimizer(self, model: Any, groups: list[dict[str, Any]], weight_decay: float) -> Any:
-        """AdamW over parameter groups."""
-        return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=has_fused_optimizer(self.device))
+        """AdamW over parameter groups. Its state holds what the precision has to remember."""
+        made = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=has_fused_optimizer(self.device))
+        self.precision.attach(made)
+        return made
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of this process's part of the update's loss."""
-        loss.backward()
+        self.precision.scaled(loss).backward()
 
-    def clip_grad_norm_(self, parameters: Sequence[torch.nn.Parameter], max_norm: float) -> float:
+    def clip_grad_norm_(self, optimizer: Any, max_norm: float) -> float:
         """Make gradients those of the whole update, scale them down to `max_norm`; return their norm before."""
-        return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+        self.precision.unscale(optimizer)
+        return float(torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), max_norm))
+
+    def step(self, optimizer: Any) -> None:
+        """Make the update; every gradient must be a number."""
+        self.precision.step(optimizer)
 
     @contextmanager
     def whole(self, model: torch.nn.Module) -> Iterator[None]:
@@ -112,11 +120,16 @@ class Alone:
 ALONE = Alone(torch.device("cpu"))
 
 
+def parameters_of(optimizer: Any) -> list[torch.nn.Parameter]:
+    """What an optimizer moves."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 class Together(Alone, ABC):
     """What FSDP2 and ZeRO-3 share."""
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
+    def __init__(self, device: torch.device, precision: Precision = PLAIN) -> None:
+        super().__init__(device, precision)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def holdings(self, model: torch.nn.Module) -> list[Holding]:
@@ -183,9 +196,9 @@ class Fsdp2(Together):
         parameters = list(model.parameters())
         return sum(local(p).numel() for p in parameters), sum(p.numel() for p in parameters)
 
-    def clip_grad_norm_(self, parameters: Sequence[torch.nn.Parameter], max_norm: float) -> float:
-        self._add_up(parameters)
-        return super().clip_grad_norm_(parameters, max_norm)
+    def clip_grad_norm_(self, optimizer: Any, max_norm: float) -> float:
+        self._add_up(parameters_of(optimizer))
+        return super().clip_grad_norm_(optimizer, max_norm)
 
     def _add_up(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Gradients summed over the processes, in one message. Bit-equal everywhere, so the adapters stay equal too."""
@@ -257,13 +270,14 @@ def joined(settings: TuneSettings, device: torch.device) -> Iterator[Alone]:
 def _join(settings: TuneSettings, device: torch.device) -> Alone:
     wanted: DistributedSettings = settings.distributed
     require_possible(settings)
+    precision = pick_precision(settings, device)
     if wanted.strategy == "none":
-        return Alone(device)
+        return Alone(device, precision)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index or 0)
     dist.init_process_group(collective_backend(device), timeout=timedelta(seconds=wanted.timeout_s))
     if wanted.strategy == "fsdp2":
-        return Fsdp2(device)
+        return Fsdp2(device, precision)
     from pingjia.tune.zero3 import Zero3, deepspeed_config
 
     return Zero3(device, deepspeed_config(settings))

@@ -246,7 +246,7 @@ class _Phase:
                 self._has_moved = None
             eval_loss = self._look() if self._is_time_to_look(done, last) else None
             decided, is_over = self._decide(eval_loss)
-            event = "; ".join(filter(None, (self.progress.event, decided))) or None
+            event = "; ".join(filter(None, (self.progress.event, result.event, decided))) or None
             self.progress.event = None
             self._log(done, rate, result, eval_loss, event)
             last = last or is_over

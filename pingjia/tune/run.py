@@ -53,6 +53,7 @@ from pingjia.tune.memory import MemoryPlan
 from pingjia.tune.phases import Phase, plan_phases, trainable_names
 from pingjia.tune.pissa import first_matrices
 from pingjia.tune.plot import plot_loss
+from pingjia.tune.precision import base_dtype
 from pingjia.tune.relief import checkpoint_activations
 from pingjia.tune.settings import FREEZE_KEYS, PhaseSettings, TuneSettings
 from pingjia.tune.trackers import Tracked, Trackers, run_key, wanted
@@ -252,7 +253,7 @@ def read_inputs(
     is_adapter = settings.finetuning_type == "lora"
     model = load_model(
         model_settings.model_name_or_path,
-        dtype="float32" if model_settings.dtype == "auto" and not is_adapter else model_settings.dtype,
+        dtype=base_dtype(model_settings.dtype, settings, device),
         device=device,
         bits=pick_packing(model_settings, device),
     )

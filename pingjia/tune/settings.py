@@ -149,7 +149,7 @@ class TuneSettings(Section):
     @model_validator(mode="after")
     def _one_half_format(self) -> TuneSettings:
         if self.fp16 and self.bf16:
-            raise ValueError("fp16 and bf16 are two formats for the same products; choose one (bf16 where there is any)")
+            raise ValueError("fp16 and bf16 are two formats for the same products; choose one (bf16 where it exists)")
         return self
 
     @model_validator(mode="after")

@@ -59,7 +59,10 @@ Penalty = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`loss` is that of the rows, nats per learnt token; `l2` the penalty that was added to it. `event`: for the log."""
+    """`loss` is that of the rows, nats per learnt token; `l2` the penalty that was added to it.
+
+    `event`: what happened on the way, for the log.
+    """
 
     loss: float
     l2: float

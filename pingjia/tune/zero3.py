@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class Zero3(Together):
         """DeepSpeed takes the mean over the processes, we the sum."""
         self._engine.backward(loss * self.size)
 
-    def clip_grad_norm_(self, parameters: Sequence[torch.nn.Parameter], max_norm: float) -> float:
+    def clip_grad_norm_(self, optimizer: Any, max_norm: float) -> float:
         """The norm only: DeepSpeed scales the gradients down itself, by `gradient_clipping`, when it steps."""
         from deepspeed.utils import safe_get_local_grad
 

@@ -69,7 +69,8 @@ def test_what_is_said_of_half_precision() -> None:
     text = str(Cause("model.layers.3.mlp.down_proj", 0, 40000.0, torch.float16))
     assert text == (
         "it begins in model.layers.3.mlp.down_proj: weights and input are sound (largest input 4e+04), the result is "
-        "beyond 6.55e+04, the largest float16. Use dtype=bfloat16, or float32 where the device has none"
+        "beyond 6.55e+04, the largest float16. Use bf16=true (or dtype=bfloat16), or float32 where the device has no "
+        "bfloat16"
     )
     assert "computed before it overflowed in float16" in str(Cause("x", 0, None, torch.float16))
 
