@@ -6,18 +6,24 @@ Every endpoint turns its body into an `Ask`; from there on all of them take the 
 from __future__ import annotations
 
 import dataclasses
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pingjia.chat.tokenizer import Tokenizer, check_text
 from pingjia.errors import ModelNotFound, PromptTooLong, RequestError
 from pingjia.gateway.bodies import SamplingBody
+from pingjia.gateway.grammar import grammar_of
 from pingjia.gateway.settings import GatewaySettings
 from pingjia.types import Message, ModelCard, Request, Sampling
 
 _INT64 = 2**63
-_PASSED_ON = ("top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "seed", "ignore_eos")
+_MOST_TOKENS = 1_000_000
+_PASSED_ON = (
+    "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "seed", "ignore_eos", "min_tokens",
+    "include_stop_str_in_output",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +94,23 @@ def sampling_of(body: SamplingBody, settings: GatewaySettings, logprobs: int | N
         check_text(text, "stop", "stop")
     given = {name: getattr(body, name) for name in _PASSED_ON if getattr(body, name) is not None}
     return Sampling(
+        max_tokens=_MOST_TOKENS,
         temperature=settings.default_temperature if body.temperature is None else body.temperature,
         top_k=0 if body.top_k in (None, -1) else body.top_k,
         stop=stop,
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logprobs=logprobs,
+        logit_bias=_bias(body.logit_bias or {}),
+        grammar=grammar_of(body),
         **given,
     )
+
+
+def _bias(given: Mapping[str, float]) -> dict[int, float]:
+    odd = next((token for token in given if not re.fullmatch("[0-9]{1,9}", token)), None)
+    if odd is not None:
+        raise RequestError(f"logit_bias: {odd[:40]!r} is not a token id", param="logit_bias", code="invalid_value")
+    return {int(token): value for token, value in given.items()}
 
 
 def check_options(body: SamplingBody, num_prompts: int, settings: GatewaySettings) -> None:

@@ -27,6 +27,27 @@ class StreamOptions(Body):
     include_usage: bool | None = Field(None, description="send a last chunk with the token counts")
 
 
+class JsonSchemaFormat(Body):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = Field(None, description="accepted; the schema is always obeyed to the letter")
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(Body):
+    """vLLM's: one of these."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json", description="a JSON schema")
+    regex: str | None = None
+    choice: list[str] | None = None
+    json_object: bool | None = None
+
+
 class SamplingBody(Body):
     """The fields that /v1/chat/completions and /v1/completions share. null is the same as leaving a field out."""
 
@@ -43,7 +64,15 @@ class SamplingBody(Body):
     stop: str | list[str] | None = Field(None, description="at most 16 strings")
     stop_token_ids: list[Annotated[int, Field(ge=0, lt=_INT32)]] | None = None
     ignore_eos: bool | None = None
-    n: int | None = Field(None, ge=1)
+    min_tokens: int | None = Field(None, description="no end before that many tokens")
+    include_stop_str_in_output: bool | None = None
+    logit_bias: dict[str, float] | None = Field(None, description="token id -> -100 to 100, added to its logit")
+    n: int | None = Field(None, ge=1, le=16, description="answers to one prompt, which is computed once")
+    response_format: ResponseFormat | None = Field(None, description="text, json_object or json_schema")
+    structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's json, regex, choice or json_object")
+    guided_json: dict[str, Any] | str | None = Field(None, description="vLLM's older name of a JSON schema")
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="accepted and not used")
@@ -154,20 +183,13 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": (),
-    "guided_choice": (),
     "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "length_penalty": (1,),
-    "logit_bias": (),
     "logits_processors": (),
-    "min_tokens": (0,),
     "modalities": (["text"],),
     "prediction": (),
     "prompt_logprobs": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "suffix": (),
     "tool_choice": ("none", "auto"),
     "tools": (),
@@ -176,6 +198,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
+_REFUSED_IN_STRUCTURED = ("grammar", "structural_tag")
 _REFUSED_IN_MESSAGE = ("tool_calls", "function_call", "audio")
 
 
@@ -184,6 +207,10 @@ def refuse(body: Body) -> None:
     for name, value in (body.model_extra or {}).items():
         if name in _REFUSED and not _is_harmless(value, _REFUSED[name]):
             raise _unsupported(name)
+    structured: Body | None = getattr(body, "structured_outputs", None)
+    for name in _REFUSED_IN_STRUCTURED:
+        if structured is not None and not _is_harmless((structured.model_extra or {}).get(name), ()):
+            raise _unsupported(f"structured_outputs.{name}")
     for i, message in enumerate(getattr(body, "messages", ())):
         for name in _REFUSED_IN_MESSAGE:
             if not _is_harmless((message.model_extra or {}).get(name), ()):

@@ -7,6 +7,7 @@ when the thread dies or is stuck.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import queue
@@ -119,6 +120,8 @@ class Worker:
 
         Raises RequestError when the engine refuses it, Overloaded while draining, EngineError when it is not running.
         """
+        if request.sampling.grammar is not None:  # compiled here, so that no step waits for it
+            await asyncio.to_thread(self.engine.prepare, request.sampling)
         consumer = self._join(Consumer(request))
         try:
             while True:

@@ -111,6 +111,69 @@ def test_sampling_arrives_as_asked(gateway):
     assert (s.stop, s.stop_token_ids, s.ignore_eos, s.logprobs) == (("a", "b"), (9,), True, None)
 
 
+def test_bias_and_early_ends_arrive_as_asked(gateway):
+    gateway.chat(logit_bias={"5": -100, "7": 1.5}, min_tokens=600, max_tokens=700, include_stop_str_in_output=True)
+    s = gateway.backend.requests[-1].sampling
+    assert dict(s.logit_bias) == {5: -100, 7: 1.5}
+    assert (s.min_tokens, s.max_tokens, s.include_stop_str_in_output) == (600, 700, True)
+
+
+SCHEMA = {"type": "object", "properties": {"城市": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "text"),
+    [
+        ({"response_format": {"type": "text"}}, None, None),
+        ({"response_format": {"type": "json_object"}}, "json_object", ""),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": SCHEMA, "strict": True},
+                }
+            },
+            "json_schema",
+            SCHEMA,
+        ),
+        ({"structured_outputs": {"json": SCHEMA}}, "json_schema", SCHEMA),
+        ({"structured_outputs": {"regex": "[0-9]+"}}, "regex", "[0-9]+"),
+        ({"structured_outputs": {"json_object": True}}, "json_object", ""),
+        ({"guided_json": json.dumps(SCHEMA)}, "json_schema", SCHEMA),
+        ({"guided_regex": "a|b"}, "regex", "a|b"),
+        ({"guided_choice": ["是", "否"]}, "choice", ["是", "否"]),
+        ({"guided_choice": None, "guided_json": None, "structured_outputs": None, "response_format": None}, None, None),
+    ],
+)
+def test_the_form_of_the_answer_arrives_as_asked(gateway, fields, kind, text):
+    assert gateway.chat(**fields).status_code == 200
+    grammar = gateway.backend.requests[-1].sampling.grammar
+    assert (grammar and grammar.kind) == kind
+    if kind in ("json_schema", "choice"):
+        assert json.loads(grammar.text) == text
+    elif kind:
+        assert grammar.text == text
+
+
+def test_the_official_client_asks_for_a_schema(gateway):
+    form = {"type": "json_schema", "json_schema": {"name": "city", "schema": SCHEMA}}
+    gateway.openai().chat.completions.create(model="base", messages=USER, response_format=form, logit_bias={"5": 1})
+    s = gateway.backend.requests[-1].sampling
+    assert s.grammar.kind == "json_schema"
+    assert dict(s.logit_bias) == {5: 1}
+
+
+def test_what_the_engine_says_of_a_form_is_a_400(gateway):
+    from pingjia.errors import RequestError
+
+    gateway.backend.script = Script(
+        raise_after=0, error=RequestError("guided_regex: cannot be met: no text fits it", param="guided_regex")
+    )
+    for stream in (False, True):
+        response = gateway.chat(guided_regex="x", stream=stream)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "guided_regex")
+
+
 def test_null_is_the_same_as_nothing(gateway):
     fields = (
         "temperature",
@@ -260,7 +323,7 @@ def test_last_message_of_the_assistant_is_refused(gateway):
         ({"n": 0}, "n"),
         ({"n": 1.5}, "n"),
         ({"n": True}, "n"),
-        ({"n": 65}, "n"),
+        ({"n": 17}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
         ({"max_completion_tokens": -1}, "max_completion_tokens"),
@@ -288,8 +351,24 @@ def test_last_message_of_the_assistant_is_refused(gateway):
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{"name": "f"}]}, "functions"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"structured_outputs": {"grammar": "root ::= x"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a"}, "guided_choice": ["a"]}, "guided_choice"),
+        ({"guided_grammar": "root ::= x"}, "guided_grammar"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"guided_regex": "x" * 70_000}, "guided_regex"),
+        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"5": True}}, "logit_bias.5"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 9, "max_tokens": 5}, "min_tokens"),
         ({"best_of": 2}, "best_of"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"continue_final_message": True}, "continue_final_message"),
