@@ -23,15 +23,15 @@ class EngineSettings(Section):
     memory that is free at the start."""
     kv_cache_gib: float = Field(2.0, gt=0)
     """Upper bound of the automatic pool."""
-    max_model_len: int | None = Field(None, ge=2)
-    """Prompt plus answer of one request. Default: what the network was built for, or the pool if that is smaller."""
-    prefix_caching: bool = True
-    """Keep the pages of ended requests and use them again for equal beginnings."""
     kv_cache_dtype: Literal["auto", "float32", "float16", "int8"] = "auto"
     """Number format of kept keys and values. auto: float16 in the compiled pass, else what the network computes in."""
     fused: Literal["auto", "off"] = "auto"
     """auto: packed networks on a CPU compute a step in one call of compiled code, when every part of them is known."""
     quantize_head: bool = True
     """In the compiled pass: multiply by an INT8 copy of a head that is stored in floats."""
+    max_model_len: int | None = Field(None, ge=2)
+    """Prompt plus answer of one request. Default: what the network was built for, or the pool if that is smaller."""
+    prefix_caching: bool = True
+    """Keep the pages of ended requests and use them again for equal beginnings."""
     seed: int | None = None
     """Where requests without a seed of their own take theirs from; default: the operating system."""
