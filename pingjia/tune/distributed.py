@@ -237,8 +237,23 @@ def require_possible(settings: TuneSettings) -> None:
             "memory_limit_gb: several processes cannot step down to less memory by themselves yet; leave it out, and "
             "lower per_device_train_batch_size or set gradient_checkpointing=true"
         )
+    _require_fitting_type(settings)
     if strategy == "zero3":
         _require_for_zero3(settings)
+
+
+def _require_fitting_type(settings: TuneSettings) -> None:
+    strategy, kind = settings.distributed.strategy, settings.finetuning_type
+    if strategy == "fsdp2" and kind != "lora":
+        raise TrainingError(
+            f"distributed.strategy=fsdp2 shares out what does not learn and keeps what learns whole in every process, so "
+            f"it would save nothing of finetuning_type={kind}; use distributed.strategy=zero3 with finetuning_type=full"
+        )
+    if strategy == "zero3" and kind == "freeze":
+        raise TrainingError(
+            "distributed.strategy=zero3 gathers only what learns when it saves, and finetuning_type=freeze saves the "
+            "whole model; use finetuning_type=full or lora, or one process"
+        )
 
 
 def _require_for_zero3(settings: TuneSettings) -> None:
