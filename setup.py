@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 KERNELS = Path("pingjia/quant/kernels")
-COMMON = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-maybe-uninitialized"]
+COMMON = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 FLAGS = {
     "x86_64": {

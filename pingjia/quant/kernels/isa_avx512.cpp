@@ -10,6 +10,7 @@ namespace {
 struct V {
   using I = __m512i;
   using F = __m512;
+  static constexpr int kTiles = 2;
   static constexpr bool kInt8Offset = true;
 
   static I splat(int32_t value) { return _mm512_set1_epi32(value); }
@@ -31,30 +32,26 @@ struct V {
   }
 
   template <int R, int TB>
-  static inline __attribute__((always_inline)) void dot4(I (&acc)[R][TB], const I (&w)[R], const int8_t* x) {
-#pragma GCC unroll 16
-    for (int t = 0; t < TB; ++t) {
+  PJ_INLINE void dot4(I (&acc)[R][TB], const I (&w)[R], const int8_t* x) {
+    PJ_UNROLL for (int t = 0; t < TB; ++t) {
       const I token = four(x + 4 * t);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], w[r], token);
+      PJ_UNROLL for (int r = 0; r < R; ++r) acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], w[r], token);
     }
   }
 
   template <int BITS, int R, int TB>
-  static inline __attribute__((always_inline)) void dot32(I (&acc)[R][TB], const uint8_t* tiles, int64_t tile_stride, const int8_t* x) {
+  PJ_INLINE void dot32(I (&acc)[R][TB], const uint8_t* tiles, int64_t tile_stride, const uint8_t* next, int64_t next_stride, const int8_t* x) {
     const I nibble = _mm512_set1_epi8(0xf), flip = _mm512_set1_epi8(-128);
-#pragma GCC unroll 8
-    for (int c = 0; c < BITS; ++c) {
+    PJ_UNROLL for (int c = 0; c < BITS; ++c) {
       I raw[R], w[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
+      PJ_UNROLL for (int r = 0; r < R; ++r) {
         raw[r] = load(tiles + r * tile_stride + c * 64);
+        __builtin_prefetch(next + (c * R + r) * next_stride, 0, 3);
         w[r] = BITS == 4 ? _mm512_and_si512(raw[r], nibble) : _mm512_xor_si512(raw[r], flip);
       }
       dot4(acc, w, x + c * (BITS == 4 ? 8 : 4) * TB);
       if (BITS == 8) continue;
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) w[r] = _mm512_and_si512(_mm512_srli_epi16(raw[r], 4), nibble);
+      PJ_UNROLL for (int r = 0; r < R; ++r) w[r] = _mm512_and_si512(_mm512_srli_epi16(raw[r], 4), nibble);
       dot4(acc, w, x + (c * 8 + 4) * TB);
     }
   }
@@ -68,13 +65,12 @@ void product(int bits, int width, const Product& p, float* out) {
     case 2: return run_width<2>(bits, p, out);
     case 3: return run_width<3>(bits, p, out);
     case 4: return run_width<4>(bits, p, out);
-    case 6: return run_width<6>(bits, p, out);
-    case 8: return run_width<8>(bits, p, out);
-    default: return run_width<12>(bits, p, out);
+    case 5: return run_width<5>(bits, p, out);
+    default: return run_width<6>(bits, p, out);
   }
 }
 
-constexpr int kWidths[] = {1, 2, 3, 4, 6, 8, 12, 0};
+constexpr int kWidths[] = {1, 2, 3, 4, 5, 6, 0};
 constexpr KernelSet kSet = {"avx512", Isa::kAvx512, kWidths, quantize_block, product};
 
 }  // namespace

@@ -8,6 +8,7 @@ namespace {
 struct V {
   struct I { int32_t v[16]; };
   struct F { float v[16]; };
+  static constexpr int kTiles = 1;
   static constexpr bool kInt8Offset = false;
 
   static I splat(int32_t value) { I r; for (int32_t& v : r.v) v = value; return r; }
@@ -32,7 +33,7 @@ struct V {
   }
 
   template <int BITS, int R, int TB>
-  static void dot32(I (&acc)[R][TB], const uint8_t* tiles, int64_t tile_stride, const int8_t* x) {
+  static void dot32(I (&acc)[R][TB], const uint8_t* tiles, int64_t tile_stride, const uint8_t*, int64_t, const int8_t* x) {
     for (int c = 0; c < 8; ++c)
       for (int r = 0; r < R; ++r)
         for (int t = 0; t < TB; ++t)

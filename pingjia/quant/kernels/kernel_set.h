@@ -7,6 +7,9 @@
 #include "isa.h"
 #include "kernels.h"
 
+#define PJ_INLINE static inline __attribute__((always_inline))
+#define PJ_UNROLL _Pragma("GCC unroll 16")
+
 namespace pingjia {
 
 // A few tokens whose activations are interleaved, so that one pass over a tile serves them all.
@@ -37,6 +40,8 @@ constexpr int kUnitTiles = 2;   // tiles that share one pass over the activation
 struct Product {
   const uint8_t* tiles;
   int64_t tile_stride;        // bytes to the second tile; 0: there is none
+  const uint8_t* next;        // tiles of the next unit: each block of tokens fetches its share of them meanwhile,
+  int64_t next_stride;        // this many bytes for each 64 it reads
   const void* scales;
   int64_t scale_stride;       // numbers to the second tile's scales
   int scale_bits;

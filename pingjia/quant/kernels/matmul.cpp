@@ -1,24 +1,31 @@
 // The driver of a product: tokens into blocks, tiles into pieces for the team, results to their place.
 #include "kernel_set.h"
 
+#include <cstdlib>
 namespace pingjia {
 namespace {
 
 constexpr int64_t kSmall = 16384;  // numbers that one thread quantises sooner than the team is told
+constexpr int64_t kLine = 64;      // bytes of a cache line
 
 int width_of(const int* widths, int64_t left) {
   while (widths[1] != 0 && widths[0] < left) ++widths;
   return widths[0];
 }
 
+// Blocks as wide as can be and as equal as can be: the widest kernel is the fastest per token, a lone token the slowest.
 void make_blocks(int64_t t, std::vector<Block>& blocks) {
+  const int* widths = kernel_set().widths;
+  int widest = 0;
+  while (*widths != 0) widest = *widths++;
   blocks.clear();
+  const int64_t count = (t + widest - 1) / widest;
   int64_t slot = 0;
-  for (int64_t first = 0; first < t;) {
-    const int width = width_of(kernel_set().widths, t - first);
-    const int count = static_cast<int>(t - first < width ? t - first : width);
-    blocks.push_back({first, count, width, slot});
-    first += count, slot += width;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t first = i * t / count, tokens = (i + 1) * t / count - first;
+    const int width = width_of(kernel_set().widths, tokens);
+    blocks.push_back({first, static_cast<int>(tokens), width, slot});
+    slot += width;
   }
 }
 
@@ -51,9 +58,11 @@ struct Call {
   void unit(int64_t index) const {
     const int64_t first = index * kUnitTiles, count = tiles - first < kUnitTiles ? tiles - first : kUnitTiles;
     const int64_t size = w.scale_bits / 8;
+    const int64_t blocks = static_cast<int64_t>(x.blocks.size()), share = kUnitTiles * tile_size / blocks;
     alignas(64) float out[kUnitTiles * kMaxWidth * kTileRows];
     for (const Block& b : x.blocks) {
       const Product p = {w.tiles + first * tile_size, count > 1 ? tile_size : 0,
+                         w.tiles + (first + kUnitTiles) * tile_size + (&b - x.blocks.data()) * share, kLine / blocks,
                          static_cast<const char*>(w.scales) + first * scale_size * size, count > 1 ? scale_size : 0,
                          w.scale_bits, w.m, w.group, x.values_of(b), x.scales_of(b), x.offsets_of(b)};
       kernel_set().product(w.bits, b.width, p, out);

@@ -2,18 +2,17 @@
 // defining its vectors `V` in an unnamed namespace: nothing here may be shared between files compiled with different
 // flags, so it uses no function of the standard library.
 //
-// V offers: I (16 int32), F (16 floats), splat(int32), zero(), scales(ptr, index, bits), to_float(I), 
+// V offers: kTiles (tiles of one pass: 1 or 2), I (16 int32), F (16 floats), splat(int32), zero(), scales(ptr, index, bits), to_float(I), 
 // fma(F, F, F), fma(F, float, F), store(float*, F), kInt8Offset (INT8 weights are taken as value + 128), and
-// dot32<BITS, R, TB>(acc, tiles, tile_stride, values): acc[r][t] += 32 columns of tile r times token t.
-
-#define PJ_UNROLL _Pragma("GCC unroll 16")
+// dot32<BITS, R, TB>(acc, tiles, tile_stride, next, next_stride, values): acc[r][t] += 32 columns of tile r times
+// token t, while fetching every `next_stride` bytes from `next` into the cache.
 
 template <int BITS, int R, int TB, int STEP>
 struct ProductOf {
   using I = V::I;
   using F = V::F;
 
-  static inline __attribute__((always_inline)) void step(const Product& p, int64_t s, I (&acc)[R][TB]) {
+  PJ_INLINE void step(const Product& p, int64_t s, I (&acc)[R][TB]) {
     constexpr int kParts = STEP / 32;
     PJ_UNROLL for (int t = 0; t < TB; ++t) {
       int32_t offset = 0;
@@ -24,7 +23,8 @@ struct ProductOf {
     }
     PJ_UNROLL for (int part = 0; part < kParts; ++part) {
       const int64_t at = s * kParts + part;
-      V::template dot32<BITS, R, TB>(acc, p.tiles + at * 64 * BITS, p.tile_stride, p.values + at * 32 * TB);
+      V::template dot32<BITS, R, TB>(acc, p.tiles + at * 64 * BITS, p.tile_stride, p.next + at * BITS * R * p.next_stride,
+                                      p.next_stride, p.values + at * 32 * TB);
     }
   }
 
@@ -55,11 +55,20 @@ struct ProductOf {
 };
 
 template <int BITS, int TB>
-void run_product(const Product& p, float* out) {
+void run_pass(const Product& p, float* out) {
   if (kActGroup == 32 || p.group % 64 == 0 || p.group >= p.m)
-    ProductOf<BITS, kUnitTiles, TB, kActGroup>::run(p, out);
+    ProductOf<BITS, V::kTiles, TB, kActGroup>::run(p, out);
   else
-    ProductOf<BITS, kUnitTiles, TB, 32>::run(p, out);
+    ProductOf<BITS, V::kTiles, TB, 32>::run(p, out);
+}
+
+template <int BITS, int TB>
+void run_product(Product p, float* out) {
+  run_pass<BITS, TB>(p, out);
+  if (V::kTiles == kUnitTiles || p.tile_stride == 0) return;
+  p.tiles += p.tile_stride, p.next += p.tile_stride * p.next_stride / 64;
+  p.scales = static_cast<const char*>(p.scales) + p.scale_stride * p.scale_bits / 8;
+  run_pass<BITS, TB>(p, out + TB * kTileRows);
 }
 
 template <int TB>
