@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
+from pingjia.models.source import Source
 from pingjia.models.vocabulary import ADDED
 
 TUNED = "tuned_by_run"
@@ -20,14 +23,25 @@ def base_fingerprint(model: torch.nn.Module) -> str:
     Tokens added to the vocabulary (vocabulary.py) count too, and a run that trained some of the weights (TUNED): both
     may leave those parameters as they were.
     """
+    return fingerprint_of(getattr(model, "config", None), model.named_parameters())
+
+
+def fingerprint_of(config: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The same from a config and named tensors, the network's other ones among them or not."""
     digest = hashlib.sha256()
-    added, tuned = getattr(getattr(model, "config", None), ADDED, None), getattr(getattr(model, "config", None), TUNED, None)
+    added, tuned = getattr(config, ADDED, None), getattr(config, TUNED, None)
     if added:
         digest.update(f"{ADDED}:{added['sha256']}".encode())
     if tuned:
         digest.update(f"{TUNED}:{tuned}".encode())
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(tensors, key=lambda item: item[0]):
         if parameter.ndim == 1 and parameter.is_floating_point():
             digest.update(f"{name}:{tuple(parameter.shape)}".encode())
             digest.update(parameter.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def source_fingerprint(source: Source) -> str:
+    """`base_fingerprint` of the network of a source, without loading it."""
+    small = source.read(n for n, shape in source.shapes.items() if len(shape) == 1)
+    return fingerprint_of(source.config, small.items())

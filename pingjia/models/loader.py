@@ -21,6 +21,7 @@ from pingjia.errors import ModelError
 from pingjia.locate import locate_model
 from pingjia.models.checkpoint import load_chatglm
 from pingjia.models.device import pick_device, pick_dtype, require_packed_weights
+from pingjia.models.packed import is_packed_directory, load_packed
 from pingjia.models.registry import require_supported
 from pingjia.quant import quantize_model
 from pingjia.quant.bnb import BnbFormat, replace_linears, require_bitsandbytes
@@ -38,14 +39,18 @@ def load_model(
 
     dtype: "auto" is float32 on a CPU and the checkpoint's own elsewhere. bits: 4 or 8 packs the linears of the blocks
     (rounded to nearest, one scale per row), a BnbFormat has bitsandbytes pack them; ChatGLM is packed while it is read,
-    others after. None leaves what is stored as it is. Raises ModelError, one line, when anything of the checkpoint is
-    missing, left over, of the wrong shape or of an unsupported kind.
+    others after. None leaves what is stored as it is; a directory of `pingjia quantize` stays packed. Raises
+    ModelError, one line, when anything of the checkpoint is missing, left over, of the wrong shape or of an unsupported
+    kind.
     """
     location = locate_model(path)
     target = device if isinstance(device, torch.device) else pick_device(device)
     _check_bits(bits, target)
+    raw_config = read_config(location) if location.is_dir() else {}
     with quiet():
-        if location.is_dir() and read_config(location)["model_type"] == "chatglm":
+        if is_packed_directory(raw_config):
+            return load_packed(location, raw_config, dtype=dtype, device=target, bits=bits)
+        if raw_config.get("model_type") == "chatglm":
             return load_chatglm(location, dtype=dtype, device=target, bits=bits)
         if location.is_file():
             model = _load_gguf(location, pick_dtype(dtype, target))

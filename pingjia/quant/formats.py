@@ -95,10 +95,12 @@ class Int4Linear(PackedLinear):
 
 
 class PackedEmbedding(Tiled, nn.Embedding):
-    """An embedding table that stays packed; only the rows that are looked up become floats (float32). Frozen.
+    """An embedding table that stays packed; only the rows that are looked up become floats (`out_dtype`). Frozen.
 
     `weight` int8 [rows, stored columns] and `weight_scale` float [rows], as the published "-qe" checkpoints store them.
     """
+
+    out_dtype: torch.dtype = torch.float32
 
     def __init__(self, weight_NP: torch.Tensor, scale_N: torch.Tensor, bits: int) -> None:
         nn.Module.__init__(self)  # not nn.Embedding's: it would allocate a float table
@@ -116,9 +118,9 @@ class PackedEmbedding(Tiled, nn.Embedding):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if self.tiles is not None:
-            return self.tiles.rows(ids)
+            return self.tiles.rows(ids).to(self.out_dtype)
         rows = ids.reshape(-1)
-        table = dequantize_rows(self.weight[rows], self.weight_scale[rows], self.bits)
+        table = dequantize_rows(self.weight[rows], self.weight_scale[rows], self.bits, self.out_dtype)
         return table.view(*ids.shape, self.embedding_dim)
 
 

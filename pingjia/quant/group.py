@@ -19,9 +19,8 @@ from torch.autograd.function import once_differentiable
 from pingjia.errors import ModelError
 from pingjia.quant.formats import PackedLinear
 from pingjia.quant.rows import row_blocks
+from pingjia.quant.settings import GROUP_SIZES
 from pingjia.quant.tiled import Tiled
-
-GROUP_SIZES = (32, 64, 128)
 
 
 def group_size_for(num_columns: int, asked: int, name: str = "the matrix") -> int:
@@ -160,12 +159,14 @@ class GroupInt4Linear(PackedLinear):
 
 
 class GroupInt4Embedding(Tiled, nn.Embedding):
-    """An embedding table of grouped INT4; only the rows that are looked up become floats (float32). Frozen.
+    """An embedding table of grouped INT4; only the rows that are looked up become floats. Frozen.
 
     Its `weight` and `weight_scale` may be those of a `GroupInt4Linear` head.
     """
 
     bits = 4
+
+    out_dtype: torch.dtype = torch.float32
 
     def __init__(self, weight_NP: torch.Tensor, scale_NG: torch.Tensor) -> None:
         nn.Module.__init__(self)  # not nn.Embedding's: it would allocate a float table
@@ -182,7 +183,7 @@ class GroupInt4Embedding(Tiled, nn.Embedding):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if self.tiles is not None:
-            return self.tiles.rows(ids)
+            return self.tiles.rows(ids).to(self.out_dtype)
         rows = ids.reshape(-1)
-        table = dequantize_groups(self.weight[rows], self.weight_scale[rows])
+        table = dequantize_groups(self.weight[rows], self.weight_scale[rows], self.out_dtype)
         return table.view(*ids.shape, self.embedding_dim)

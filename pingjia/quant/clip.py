@@ -1,0 +1,62 @@
+"""Which scale a row, or a group of a row, gets: the one whose rounding loses least.
+
+Weighted squares are compared over a short list. Not here: moving an error on to other columns (`gptq.py`).
+
+Shapes: N rows, G columns that share a scale.
+"""
+
+from __future__ import annotations
+
+import torch
+
+LOW, HIGH = -8, 7
+# Of max|w| / 8. Above 1 the far end is reached at 7 rather than at -8; below it the largest weights are cut off.
+_RATIOS = (1.15, 1.08, 1.0, 0.95, 0.9, 0.85, 0.8, 0.74, 0.68, 0.6)
+
+
+def group_scale(target_GN: torch.Tensor, importance_G: torch.Tensor | None = None) -> torch.Tensor:
+    """[N] float32, exact in float16: the scale of each row of one group, columns along the first axis.
+
+    Values go from -8 to 7, so a scale may be negative: the -8 then serves the positive end. The best of the candidates
+    is then fitted to the integers it gave (least squares) and kept if that is better still.
+    """
+    importance_G1 = torch.ones_like(target_GN[:, :1]) if importance_G is None else importance_G[:, None]
+    largest_N = target_GN.abs().amax(0) / -LOW
+    best = largest_N.new_zeros(largest_N.shape)
+    least = torch.full_like(largest_N, torch.inf)
+    for ratio in _RATIOS:
+        for sign in (1, -1):
+            best, least = _better(target_GN, importance_G1, sign * ratio * largest_N, best, least)
+    fitted = _fitted(target_GN, importance_G1, best)
+    best, _ = _better(target_GN, importance_G1, fitted, best, least)
+    return best
+
+
+def row_scale(weight_NM: torch.Tensor) -> torch.Tensor:
+    """[N] float32 for INT8: the largest weight of a row becomes 127."""
+    return weight_NM.abs().amax(1).float() / 127
+
+
+def divisor(scale: torch.Tensor) -> torch.Tensor:
+    """The scale, or 1 where it is 0: a row of zeros rounds to zeros."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _better(
+    target_GN: torch.Tensor,
+    importance_G1: torch.Tensor,
+    scale_N: torch.Tensor,
+    best: torch.Tensor,
+    least: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scale_N = scale_N.half().float()
+    rounded = (target_GN / divisor(scale_N)).round_().clamp_(LOW, HIGH).mul_(scale_N)
+    loss = rounded.sub_(target_GN).square_().mul_(importance_G1).sum(0)
+    found = loss < least
+    return torch.where(found, scale_N, best), torch.where(found, loss, least)
+
+
+def _fitted(target_GN: torch.Tensor, importance_G1: torch.Tensor, scale_N: torch.Tensor) -> torch.Tensor:
+    values = (target_GN / divisor(scale_N)).round_().clamp_(LOW, HIGH)
+    weighted = values * importance_G1
+    return (weighted * target_GN).sum(0) / divisor((weighted * values).sum(0))
