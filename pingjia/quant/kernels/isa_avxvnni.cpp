@@ -41,17 +41,7 @@ struct V : Wide {
 
 #include "products.h"
 
-void product(int bits, int width, const Product& p, float* out) {
-  switch (width) {
-    case 1: return run_width<1>(bits, p, out);
-    case 2: return run_width<2>(bits, p, out);
-    case 3: return run_width<3>(bits, p, out);
-    default: return run_width<4>(bits, p, out);
-  }
-}
-
-constexpr int kWidths[] = {1, 2, 3, 4, 0};
-constexpr KernelSet kSet = {"avxvnni", Isa::kAvxVnni, kWidths, quantize_block, product};
+constexpr KernelSet kSet = {"avxvnni", Isa::kAvxVnni, kUpToFour, quantize_block, product_up_to_four};
 
 }  // namespace
 

@@ -91,6 +91,7 @@ void quantize_activations(const float* x, int64_t t, int64_t m, int64_t stride, 
 }
 
 void matmul(const Matrix& w, const QuantRows& x, float* y, int64_t y_stride, bool accumulate) {
+  if (x.t == 0) return;
   const int64_t tiles = (w.n + kTileRows - 1) / kTileRows, units = (tiles + kUnitTiles - 1) / kUnitTiles;
   const Call call = {w, x, y, y_stride, accumulate, tiles, tile_bytes(w.bits, kTileRows, w.m),
                      scale_count(kTileRows, w.m, w.group)};

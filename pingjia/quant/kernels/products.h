@@ -141,3 +141,15 @@ void quantize_block(const float* x, int64_t stride, const Block& b, QuantRows& q
     quantize_token(x + (b.first + t) * stride, q.m, q.columns, b.width, values + 4 * t, scales + t, offsets + t);
   for (int t = b.count; t < b.width; ++t) quantize_zeros(q.columns, b.width, values + 4 * t, scales + t, offsets + t);
 }
+
+// Registers of 256 bits or less hold the accumulators of four tokens.
+constexpr int kUpToFour[] = {1, 2, 3, 4, 0};
+
+inline void product_up_to_four(int bits, int width, const Product& p, float* out) {
+  switch (width) {
+    case 1: return run_width<1>(bits, p, out);
+    case 2: return run_width<2>(bits, p, out);
+    case 3: return run_width<3>(bits, p, out);
+    default: return run_width<4>(bits, p, out);
+  }
+}
