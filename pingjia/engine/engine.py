@@ -14,7 +14,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
@@ -24,12 +24,13 @@ from transformers import PreTrainedModel
 from pingjia.chat import Tokenizer, load_tokenizer
 from pingjia.engine import sequence as sequences
 from pingjia.engine.answer import Answer
+from pingjia.engine.backend import choose_backend
 from pingjia.engine.grammar import DeadEnd, Grammars
-from pingjia.engine.kv import KVPool, LayerShape, free_bytes
+from pingjia.engine.kv import LayerShape, free_bytes
 from pingjia.engine.limits import Limits, resolve
 from pingjia.engine.pages import PageAllocator
 from pingjia.engine.prompts import Prompts, as_requests
-from pingjia.engine.runner import Runner, probe
+from pingjia.engine.runner import probe
 from pingjia.engine.sample import Pick, Sampler, pick
 from pingjia.engine.scheduler import Scheduler, Seats
 from pingjia.engine.sequence import Slice
@@ -40,8 +41,6 @@ from pingjia.models import Family, family_of, load_model, max_model_len, use_pac
 from pingjia.types import Chunk, Completion, EngineStats, ModelCard, Prompt, Request, Sampling, Usage
 
 _log = logging.getLogger(__name__)
-Done = list[tuple[Slice, Pick | None]]
-Broken = dict[Slice, str]
 
 
 @dataclass(slots=True)
@@ -57,6 +56,15 @@ class _Live:
     @property
     def num_cached(self) -> int:
         return self.sequence.num_cached or 0
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What one step came to. `said`: every new token, those of followers included. `broken`: who failed, and why."""
+
+    done: list[tuple[Slice, int | None]] = field(default_factory=list)
+    said: list[tuple[_Live, Pick]] = field(default_factory=list)
+    broken: list[tuple[_Live, str]] = field(default_factory=list)
 
 
 class Default(Enum):
@@ -94,15 +102,16 @@ class Engine:
         self._family, self._config = family_of(base.model), base.model.config
         use_packed_attention(base.model.eval())
         layers, self._vocab_size = probe(base.model, self._family, self.tokenizer.render_text("1"))
-        self.limits = _limits(settings, base.model, layers)
+        backend = choose_backend(base.model, self._family, settings, layers)
+        self.limits = _limits(settings, base.model, backend.layers)
         num_pages = self.limits.kv_cache_tokens // settings.page_size
         self._page_size = settings.page_size
         self._pages = PageAllocator(num_pages, reuse=settings.prefix_caching)
         self._scheduler = Scheduler(_seats(settings, self._family), self._pages)
-        self._pool = KVPool(layers, num_pages, settings.page_size)
+        self._pool = backend.pool(num_pages)
         self._served = Served(base, self.limits.max_model_len)
         self._grammars = Grammars(self.tokenizer, self._vocab_size)
-        self._runner = Runner(base.model, self._family, self._pool, self._served.rows)
+        self._runner = backend.runner(self._pool, self._served.rows)
         self._seeds = random.Random(settings.seed)  # noqa: S311  not a secret
         self._live: dict[str, _Live] = {}
         self._boxes: dict[str, deque[tuple[str, Chunk]]] = {}
@@ -132,7 +141,8 @@ class Engine:
         """Answer every prompt, in order; `on_done(index, completion)` is called as each one ends.
 
         prompts: strings (continued as they are) or conversations (through the chat template); a single one of either
-        counts as one prompt. adapter: a served name, None for the base; by default the engine's own, else the base.
+        counts as one prompt. With `n` in a sampling its answers come one after the other. adapter: a served name, None
+        for the base; by default the engine's own, else the base.
         Raises RequestError before anything is computed, EngineError at the end when an answer failed.
         """
         requests = self._requests(prompts, sampling, adapter)
@@ -152,10 +162,14 @@ class Engine:
     def stream(
         self, prompt: Prompt, sampling: Sampling | None = None, *, adapter: str | Default | None = Default.ADAPTER
     ) -> Iterator[Chunk]:
-        """Yield the answer to one prompt piece by piece; the last chunk has `finish_reason`. Closing it cancels."""
+        """Yield the answer to one prompt piece by piece; the last chunk has `finish_reason`. Closing it cancels.
+
+        With `n` in the sampling, chunks say by their `index` which answer they belong to, and each has a last one.
+        """
         requests = self._requests([prompt], sampling, adapter)
-        for _, chunk in self._follow(requests):
-            yield chunk
+        place = {request.id: index for index, request in enumerate(requests)}
+        for request_id, chunk in self._follow(requests):
+            yield replace(chunk, index=place[request_id]) if len(requests) > 1 else chunk
 
     def _requests(
         self, prompts: Prompts, sampling: Sampling | Sequence[Sampling] | None, adapter: str | Default | None
@@ -265,18 +279,20 @@ class Engine:
         """
         with self._lock:
             self._served.load(name, path, self._num_users(name))
+            self._runner.adapters_changed()
 
     def unload_adapter(self, name: str) -> None:
         """Stop serving an adapter. Raises ModelNotFound, or ModelError while requests use it."""
         with self._lock:
             self._served.unload(name, self._num_users(name))
+            self._runner.adapters_changed()
 
     def stats(self) -> EngineStats:
         """A snapshot, taken without waiting for the step in progress."""
         return replace(
             self._stats,
             num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting),
+            num_waiting=self._scheduler.num_waiting,
             kv_tokens_used=self._pages.num_owned * self._page_size,
             seconds_since_step=time.monotonic() - self._last_step_at,
         )
@@ -288,43 +304,72 @@ class Engine:
         plan = self._scheduler.plan()  # pure: who runs, how many tokens each
         if not plan:
             return []
-        done, broken = self._compute(plan)  # the only line that touches the device
-        self._scheduler.commit((piece, picked.token_id if picked else None) for piece, picked in done)
-        self._count(plan, done, started)
-        return [*self._report(done), *(self._fail(piece, error) for piece, error in broken.items())]
+        outcome = self._compute(plan)  # the only line that touches the device
+        self._scheduler.commit(outcome.done)
+        self._fork(outcome)
+        self._count(plan, outcome, started)
+        return [*self._report(outcome), *(self._fail(live, error) for live, error in outcome.broken)]
 
     @torch.inference_mode()
-    def _compute(self, plan: list[Slice]) -> tuple[Done, Broken]:
-        """Run the plan and choose tokens; return the slices that went well, and those that did not with the reason."""
+    def _compute(self, plan: list[Slice]) -> _Outcome:
+        """Run the plan and choose tokens; tell the slices that went well from those that did not."""
         try:
             logits = self._runner.run(plan)
             sound, best = self._runner.judge(logits)
-            rows = [row for row, piece in enumerate(plan) if piece.samples and sound[row]]
-            samplers = [self._live[plan[row].sequence.id].sampler for row in rows]
-            chosen = pick(logits if len(rows) == len(plan) else logits[rows], samplers, [best[row] for row in rows])
-            picks = dict(zip(rows, chosen, strict=True))
+            speakers = [(row, live) for row, piece in enumerate(plan) if sound[row] for live in self._speakers(piece)]
+            rows = [row for row, _ in speakers]
+            used = logits if rows == list(range(len(plan))) else logits[rows]
+            picks = pick(used, [live.sampler for _, live in speakers], [best[row] for row in rows])
         except Exception as e:  # whatever a network, a kernel or the allocator raises must not end the engine
             _log.exception("a step of %d requests failed", len(plan))
-            return [], dict.fromkeys(plan, f"the engine failed: {type(e).__name__}: {_first_line(e)}")
-        return _sorted_out(plan, sound, picks)
+            why = f"the engine failed: {type(e).__name__}: {_first_line(e)}"
+            return _Outcome(broken=[(self._live[piece.sequence.id], why) for piece in plan])
+        return self._sorted_out(plan, sound, [live for _, live in speakers], picks)
 
-    def _report(self, done: Done) -> Iterator[tuple[str, Chunk]]:
-        for piece, picked in done:
-            live = self._live[piece.sequence.id]
-            if picked is None:
-                continue
+    def _speakers(self, piece: Slice) -> list[_Live]:
+        """Who gets a token after this piece: its sequence, and at the end of a prompt all that follow it."""
+        followers = piece.sequence.followers if piece.ends_prompt else []
+        return [self._live[s.id] for s in (piece.sequence, *followers)] if piece.samples else []
+
+    def _sorted_out(
+        self, plan: list[Slice], sound: list[bool], speakers: list[_Live], picks: list[Pick | DeadEnd]
+    ) -> _Outcome:
+        outcome = _Outcome()
+        for live, picked in zip(speakers, picks, strict=True):
+            if isinstance(picked, DeadEnd):
+                outcome.broken.append((live, f"the answer cannot go on as its grammar wants: {picked}"))
+            else:
+                outcome.said.append((live, picked))
+        tokens = {live.request.id: picked.token_id for live, picked in outcome.said}
+        for row, piece in enumerate(plan):
+            token = tokens.get(piece.sequence.id)
+            if not sound[row]:
+                why = "the network's output is not a number for this request"
+                outcome.broken.append((self._live[piece.sequence.id], why))
+            elif token is not None or not piece.samples:
+                outcome.done.append((piece, token))
+        return outcome
+
+    def _fork(self, outcome: _Outcome) -> None:
+        """Let followers go on by themselves, while the pages of their leaders are still there."""
+        forks = [(live.sequence, picked.token_id) for live, picked in outcome.said if live.sequence.leader is not None]
+        copies = [self._scheduler.fork(follower, token) for follower, token in forks]
+        if any(copies):
+            self._pool.copy([pair for pair in copies if pair])
+
+    def _report(self, outcome: _Outcome) -> Iterator[tuple[str, Chunk]]:
+        for live, picked in outcome.said:
             try:
                 chunk = live.answer.push(picked, live.num_cached)
             except Exception as e:  # a token id that the tokenizer cannot decode
                 _log.exception("token %d of request %s cannot be decoded", picked.token_id, live.request.id)
-                yield self._fail(piece, f"token {picked.token_id} cannot be decoded: {e}")
+                yield self._fail(live, f"token {picked.token_id} cannot be decoded: {e}")
                 continue
             if chunk.finish_reason is not None:
                 self._drop(live)
             yield live.request.id, chunk
 
-    def _fail(self, piece: Slice, error: str) -> tuple[str, Chunk]:
-        live = self._live[piece.sequence.id]
+    def _fail(self, live: _Live, error: str) -> tuple[str, Chunk]:
         # What this step wrote is on pages of its own, from num_computed on; shared pages lie before.
         self._pool.scrub(live.sequence.pages[live.sequence.num_computed // self._page_size :])
         self._drop(live)
@@ -344,6 +389,8 @@ class Engine:
         ids, longest = request.prompt_ids, self.limits.max_model_len
         if request.id in self._live:
             raise RequestError(f"a request with id {request.id!r} is already running", param="id", code="duplicate_id")
+        if request.sampling.n > 1:
+            raise RequestError("n: a request is one answer; add one for each, with seeds of their own", param="n")
         if not ids:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
         if min(ids) < 0 or max(ids) >= self._vocab_size:
@@ -375,9 +422,10 @@ class Engine:
     def _num_users(self, name: str) -> int:
         return sum(live.request.adapter == name for live in self._live.values())
 
-    def _count(self, plan: list[Slice], done: Done, started: float) -> None:
+    def _count(self, plan: list[Slice], outcome: _Outcome, started: float) -> None:
         self.step_tokens = {piece.sequence.id: piece.num_tokens for piece in plan}
-        fresh = [live for piece in plan if not (live := self._live[piece.sequence.id]).is_counted]
+        seen = [*(self._live[piece.sequence.id] for piece in plan), *(live for live, _ in outcome.said)]
+        fresh = {live.request.id: live for live in seen if not live.is_counted}.values()
         for live in fresh:
             live.is_counted = True
         now, old = time.monotonic(), self._stats
@@ -385,25 +433,11 @@ class Engine:
             old,
             prompt_tokens_total=old.prompt_tokens_total + sum(live.sequence.num_prompt for live in fresh),
             cached_tokens_total=old.cached_tokens_total + sum(live.num_cached for live in fresh),
-            generation_tokens_total=old.generation_tokens_total + sum(picked is not None for _, picked in done),
+            generation_tokens_total=old.generation_tokens_total + len(outcome.said),
             num_steps=old.num_steps + 1,
             compute_s_total=old.compute_s_total + now - started,
         )
         self._last_step_at = now
-
-
-def _sorted_out(plan: list[Slice], sound: list[bool], picks: dict[int, Pick | DeadEnd]) -> tuple[Done, Broken]:
-    done: Done = []
-    broken: Broken = {}
-    for row, piece in enumerate(plan):
-        picked = picks.get(row)
-        if not sound[row]:
-            broken[piece] = "the network's output is not a number for this request"
-        elif isinstance(picked, DeadEnd):
-            broken[piece] = f"the answer cannot go on as its grammar wants: {picked}"
-        else:
-            done.append((piece, picked))
-    return done, broken
 
 
 def _limits(settings: EngineSettings, model: PreTrainedModel, layers: dict[int, LayerShape]) -> Limits:

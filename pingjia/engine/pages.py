@@ -26,7 +26,7 @@ class PageAllocator:
 
     def __init__(self, num_pages: int, *, reuse: bool = True) -> None:
         self.num_pages = num_pages
-        self._reuse = reuse
+        self.reuse = reuse
         self._owners = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()
@@ -75,7 +75,7 @@ class PageAllocator:
 
     def register(self, page: int, key: bytes) -> None:
         """Make a page that has just become full findable. An equal page registered before stays the one found."""
-        if self._reuse and key not in self._page_of and page not in self._key_of:
+        if self.reuse and key not in self._page_of and page not in self._key_of:
             self._page_of[key] = page
             self._key_of[page] = key
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pingjia.chat import Tokenizer
@@ -17,16 +18,27 @@ def as_requests(
     prompts: Prompts, sampling: Sampling | Sequence[Sampling] | None, adapter: str | None,
     tokenizer: Tokenizer, ids: Iterator[str],
 ) -> list[Request]:  # fmt: skip
-    """Render every prompt. A single string or a single conversation counts as one prompt.
+    """Render every prompt; one request for each of its `n` answers, prompt by prompt, with seeds seed, seed + 1, ...
 
-    Raises RequestError for prompts that cannot be rendered or a number of samplings that does not match.
+    A single string or a single conversation counts as one prompt. Raises RequestError for prompts that cannot be
+    rendered or a number of samplings that does not match.
     """
     many = _as_list(prompts)
     samplings = _as_samplings(sampling, len(many))
     return [
-        Request(next(ids), tuple(_render(prompt, tokenizer)), chosen, adapter)
+        Request(next(ids), prompt_ids, one, adapter)
         for prompt, chosen in zip(many, samplings, strict=True)
+        for prompt_ids in (tuple(_render(prompt, tokenizer)),)
+        for one in _single(chosen)
     ]
+
+
+def _single(sampling: Sampling) -> list[Sampling]:
+    """The sampling of each of its answers."""
+    if sampling.n == 1:
+        return [sampling]
+    seeds = [None if sampling.seed is None else sampling.seed + k for k in range(sampling.n)]
+    return [replace(sampling, n=1, seed=seed) for seed in seeds]
 
 
 def _as_list(prompts: Prompts) -> list[Prompt | Conversation]:

@@ -4,6 +4,8 @@ Guarantees, each asserted by tests/engine/test_simulation.py:
 - A new request joins at the next step; all running answers get one token per step, whatever prompts arrive.
 - The oldest unfinished request is part of every step, so every request ends after finitely many.
 - Pages are claimed by age: when they run out, the youngest is put back to wait. It loses time, never tokens.
+- A prompt that is being computed is computed once, however many equal ones arrive meanwhile: they follow it, and go
+  on from its pages with first tokens of their own (`fork`).
 - A short prompt does not queue behind a flood of long ones (`_overtake`), and costs those at most half of each step.
 """
 
@@ -31,7 +33,7 @@ class Seats:
 
 
 class Scheduler:
-    """Two lists, both ordered by arrival: `running` own pages, `waiting` own none."""
+    """Two lists, both ordered by arrival: `running` own pages, `waiting` own none. Followers are in neither."""
 
     def __init__(self, seats: Seats, pages: PageAllocator) -> None:
         self.seats = seats
@@ -39,16 +41,60 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
+        self._leading: dict[bytes, Sequence] = {}  # by prompt_key, until the first token of the answer
+        self._num_following = 0
         self._plan: dict[Sequence, Slice] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting) + self._num_following
 
     def add(self, sequence: Sequence) -> None:
         """Accept a sequence. It must fit the pool alone with all it may generate: the engine has checked that."""
-        bisect.insort(self.waiting, sequence, key=_BY_AGE)
+        leader = self._leading.get(sequence.prompt_key) if self.pages.reuse else None
+        if leader is None:
+            self._lead(sequence)
+        else:
+            self._follow(leader, sequence)
 
     def drop(self, sequence: Sequence) -> None:
         """Forget a sequence (finished, cancelled or failed) and give its pages back. Not between plan and commit."""
+        if sequence.leader is not None:
+            self._unfollow(sequence)
+            return
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self._release(sequence)
+        self._end_leading(sequence)
+        if sequence.followers:
+            self._promote(sequence.followers)
+
+    def _lead(self, sequence: Sequence) -> None:
+        self._leading[sequence.prompt_key] = sequence
+        bisect.insort(self.waiting, sequence, key=_BY_AGE)
+
+    def _end_leading(self, sequence: Sequence) -> None:
+        if self._leading.get(sequence.prompt_key) is sequence:
+            del self._leading[sequence.prompt_key]
+
+    def _follow(self, leader: Sequence, sequence: Sequence) -> None:
+        sequence.leader = leader
+        leader.followers.append(sequence)
+        self._num_following += 1
+
+    def _unfollow(self, sequence: Sequence) -> None:
+        assert sequence.leader is not None
+        sequence.leader.followers.remove(sequence)
+        sequence.leader = None
+        self._num_following -= 1
+
+    def _promote(self, followers: list[Sequence]) -> None:
+        """Let the first of those whose leader has gone lead the others."""
+        first, *others = followers
+        for sequence in (first, *others):
+            self._unfollow(sequence)
+        self._lead(first)
+        for sequence in others:
+            self._follow(first, sequence)
 
     def plan(self) -> list[Slice]:
         """Choose the next step: decodes first, then prompts by age within the token budget. Empty only when idle."""
@@ -66,8 +112,36 @@ class Scheduler:
         for piece, token in done:
             assert (token is not None) == piece.samples
             self._advance(piece)
+            if piece.ends_prompt:
+                self._end_leading(piece.sequence)
             if token is not None:
                 piece.sequence.tokens.append(token)
+
+    def fork(self, follower: Sequence, token: int) -> tuple[int, int] | None:
+        """Let a follower go on from its leader's prompt with its own first token, right after that was committed.
+
+        Full pages of the prompt are shared. Returns the page to copy, from and to, when the prompt ends inside one and
+        there is room now; without room the follower waits like one that was put back.
+        """
+        leader, size = follower.leader, self.seats.page_size
+        assert leader is not None
+        self._unfollow(follower)
+        follower.tokens.append(token)
+        follower.num_cached = follower.num_prompt
+        num_full, rest = divmod(follower.num_prompt, size)
+        if not leader.pages or not self._has_spare_seat(follower, pages=bool(rest)):
+            bisect.insort(self.waiting, follower, key=_BY_AGE)
+            return None
+        shared, fresh = leader.pages[:num_full], self.pages.allocate(bool(rest))
+        self.pages.take(shared)
+        follower.pages, follower.num_computed = shared + fresh, follower.num_prompt
+        bisect.insort(self.running, follower, key=_BY_AGE)
+        return (leader.pages[num_full], fresh[0]) if rest else None
+
+    def _has_spare_seat(self, sequence: Sequence, pages: int) -> bool:
+        """Whether a seat and pages are free that no older one waits for."""
+        is_next = not self.waiting or self.waiting[0].arrival > sequence.arrival
+        return is_next and len(self.running) < self.seats.max_num_seqs and self.pages.num_free >= pages
 
     def _advance(self, piece: Slice) -> None:
         sequence, size = piece.sequence, self.seats.page_size

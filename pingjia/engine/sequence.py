@@ -13,6 +13,8 @@ class Sequence:
 
     root: what a KV page depends on besides the tokens up to its end (adapter; for two-way prompts the whole prompt).
     prefix_len: leading tokens that see each other both ways.
+    followers: younger sequences with an equal prompt, which wait for this one to compute it and go on from its end.
+    leader: the sequence that this one follows, until then.
     """
 
     id: str
@@ -25,6 +27,8 @@ class Sequence:
     num_computed: int = 0  # leading tokens whose keys and values lie in `pages`
     num_cached: int | None = None  # prompt tokens found in the cache when the request was first admitted
     pages: list[int] = field(default_factory=list)
+    followers: list[Sequence] = field(default_factory=list)
+    leader: Sequence | None = None
     _keys: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -38,6 +42,11 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens to compute before the next one can be sampled; at least 1."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def prompt_key(self) -> bytes:
+        """Equal for sequences whose prompts give equal keys, values and logits."""
+        return page_key(self.root, self.tokens[: self.num_prompt])
 
     def keys(self, num_pages: int, page_size: int) -> list[bytes]:
         """Content keys of the first `num_pages` pages, all of which must be full."""
@@ -61,3 +70,8 @@ class Slice:
     @property
     def num_tokens(self) -> int:
         return self.stop - self.start
+
+    @property
+    def ends_prompt(self) -> bool:
+        """Whether the token after it is the first of the answer, and so of every follower's answer."""
+        return self.samples and self.stop == self.sequence.num_prompt

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +15,9 @@ from transformers import LlamaForCausalLM
 
 from pingjia.chat import Tokenizer
 from pingjia.engine import Engine, EngineSettings
+from pingjia.engine.prompts import as_requests
 from pingjia.errors import EngineError, ModelError, ModelNotFound, PromptTooLong, RecipeError, RequestError
-from pingjia.types import Chunk, Completion, Message, Request, Sampling
+from pingjia.types import Chunk, Completion, Grammar, Message, Request, Sampling
 
 MakeEngine = Callable[..., Engine]
 
@@ -324,3 +327,101 @@ def test_the_automatic_pool_is_bounded_by_need_budget_and_free_memory() -> None:
     assert tokens(1.0, 4 * 10**6) == 992
     with pytest.raises(RecipeError, match="no room for a KV cache"):
         tokens(1.0, 10**4)
+
+
+# ---- several answers to one prompt
+
+
+SHARING: list[dict[str, int]] = [{}, {"max_num_seqs": 2}, {"page_size": 4, "kv_cache_tokens": 160}, {"page_size": 1}]
+
+
+@pytest.mark.parametrize("settings", SHARING, ids=str)
+def test_n_answers_equal_n_requests_and_compute_the_prompt_once(tiny_engine: MakeEngine, settings: Any) -> None:
+    prompt, drawn = "one prompt, " * 4, Sampling(max_tokens=30, temperature=1.0, seed=5)
+    alone = [tiny_engine().generate(prompt, replace(drawn, seed=5 + k))[0].token_ids for k in range(4)]
+    engine = tiny_engine(**settings)
+    computed: list[int] = []
+    requests = as_requests(prompt, replace(drawn, n=4), None, engine.tokenizer, map(str, range(4)))
+    for request in requests:
+        engine.add(request)
+    chunks: dict[str, list[Chunk]] = {}
+    while engine.has_work():
+        for request_id, chunk in engine.step():
+            chunks.setdefault(request_id, []).append(chunk)
+        computed.append(sum(engine.step_tokens.values()))
+    assert computed[0] == len(requests[0].prompt_ids)
+    assert [tuple(t for c in chunks[r.id] for t in c.token_ids) for r in requests] == alone
+    assert len(set(alone)) == 4
+    answers = tiny_engine(**settings).generate(["abc", prompt], [Sampling(max_tokens=3), replace(drawn, n=4)])
+    assert [a.token_ids for a in answers[1:]] == alone
+    if not settings:
+        assert [a.usage.cached_tokens for a in answers] == [0, 0, *[answers[1].usage.prompt_tokens] * 3]
+        assert sum(computed) == len(requests[0].prompt_ids) + sum(len(ids) - 1 for ids in alone)
+
+
+def test_n_answers_with_a_grammar_each_have_their_own_place_in_it(tiny_engine: MakeEngine) -> None:
+    held = Sampling(max_tokens=60, temperature=1.5, seed=1, n=8, grammar=Grammar.regex("([a-f][0-9]){3,9}"))
+    answers = tiny_engine(page_size=4).generate("say", held)
+    assert len({a.text for a in answers}) > 4
+    assert all(re.fullmatch("([a-f][0-9]){3,9}", a.text) for a in answers)
+
+
+def test_a_stream_of_n_answers_says_which_is_which(tiny_engine: MakeEngine) -> None:
+    drawn = Sampling(max_tokens=9, temperature=1.0, seed=5, n=3, ignore_eos=True)
+    engine = tiny_engine()
+    chunks = list(engine.stream("abc", drawn))
+    assert sorted(c.index for c in chunks if c.finish_reason) == [0, 1, 2]
+    texts = ["".join(c.text for c in chunks if c.index == k) for k in range(3)]
+    assert texts == [a.text for a in engine.generate("abc", drawn)]
+    assert len(list(engine.stream("abc", replace(drawn, n=1)))) == 9
+
+
+def test_strangers_with_an_equal_prompt_share_its_computation(
+    tiny_engine: MakeEngine, reference: Callable[..., list[int]], letters: Tokenizer, tiny_model: LlamaForCausalLM
+) -> None:
+    ids = tuple(letters.render_text("x y z " * 10))
+    engine = tiny_engine(tiny_model, max_num_batched_tokens=20)
+    wanted = reference(tiny_model, ids, 12, letters.stop_ids)
+    engine.add(Request("a", ids, Sampling(max_tokens=12)))
+    engine.step()
+    engine.add(Request("b", ids, Sampling(max_tokens=5)))
+    engine.add(Request("c", ids, Sampling(max_tokens=12)))
+    engine.cancel("a")  # the one that computes leaves: another goes on
+    got: dict[str, list[int]] = {}
+    while engine.has_work():
+        for request_id, chunk in engine.step():
+            got.setdefault(request_id, []).extend(chunk.token_ids)
+    assert got["c"] == wanted
+    assert got["b"] == wanted[:5]
+    assert engine.stats().kv_tokens_used == 0
+
+
+def test_one_request_is_one_answer(tiny_engine: MakeEngine) -> None:
+    with pytest.raises(RequestError, match="one answer"):
+        tiny_engine().add(Request("a", (1, 2), Sampling(n=2)))
+    with pytest.raises(RequestError, match="n must be between 1 and 16"):
+        Sampling(n=17)
+
+
+def test_a_not_a_number_in_a_shared_prompt_ends_all_of_them_and_no_other(
+    tiny_engine: MakeEngine, letters: Tokenizer
+) -> None:
+    engine = tiny_engine()
+    network = engine._runner.run
+
+    def broken(plan: list[Any]) -> torch.Tensor:
+        logits = network(plan).clone()
+        for row, piece in enumerate(plan):
+            if piece.sequence.tokens[1] == ord("!"):
+                logits[row] = float("nan")
+        return logits
+
+    engine._runner.run = broken  # type: ignore[method-assign]
+    for name, text in (("bad1", "! no"), ("good", "yes"), ("bad2", "! no")):
+        engine.add(Request(name, tuple(letters.render_text(text)), Sampling(max_tokens=4, ignore_eos=True)))
+    ends: dict[str, list[str]] = {}
+    while engine.has_work():
+        for request_id, chunk in engine.step():
+            ends.setdefault(request_id, []).extend([chunk.finish_reason] if chunk.finish_reason else [])
+    assert ends == {"bad1": ["error"], "bad2": ["error"], "good": ["length"]}
+    assert engine.stats().kv_tokens_used == 0

@@ -19,7 +19,7 @@ from pingjia.engine.scheduler import Scheduler, Seats
 from pingjia.engine.sequence import Sequence, Slice
 
 STOP = 0
-NUM_STEPS = 3_000  # of each of the 14 scenes
+NUM_STEPS = 7_200  # of each of the 14 scenes: 100,800 in all
 ADAPTERS = {None: 101, "a": 102, "b": 103}  # numbers, because the hash of a string differs from run to run
 
 
@@ -43,17 +43,17 @@ def two_way_values(sequence: Sequence, stop: int) -> list[int]:
     return values
 
 
-def next_token(values: Seq[int]) -> int:
-    return hash(values[-1]) % 23
+def next_token(values: Seq[int], seed: int = 0) -> int:
+    return hash((values[-1], seed)) % 23
 
 
-def true_answer(prompt: Seq[int], adapter: str | None, max_tokens: int, values_of) -> list[int]:
+def true_answer(prompt: Seq[int], adapter: str | None, max_tokens: int, values_of, seed: int = 0) -> list[int]:
     """What a request must get whatever else happens."""
     alone = Sequence("alone", 0, list(prompt), adapter=adapter)
     while len(alone.tokens) - len(prompt) < max_tokens and (
         len(alone.tokens) == len(prompt) or alone.tokens[-1] != STOP
     ):
-        alone.tokens.append(next_token(values_of(alone, len(alone.tokens))))
+        alone.tokens.append(next_token(values_of(alone, len(alone.tokens)), seed))
     return alone.tokens[len(prompt) :]
 
 
@@ -68,11 +68,14 @@ class House:
     fail_rate: float = 0.0
     slots: dict[int, int] = field(default_factory=dict)
     live: dict[str, tuple[Sequence, int]] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
     ends: Counter = field(default_factory=Counter)
     num_accepted: int = 0
     num_steps: int = 0
     num_cached: int = 0
     num_split: int = 0
+    num_forks: int = 0
+    num_copies: int = 0
 
     def __post_init__(self) -> None:
         self.pages = PageAllocator(self.num_pages, reuse=self.reuse)
@@ -90,10 +93,12 @@ class House:
             beginning = self.rng.choice(self.beginnings)
             prompt[: len(beginning)] = beginning[:num_prompt]
         adapter = self.rng.choice([None, *ADAPTERS])
-        self.admit(prompt, adapter, max_tokens)
+        for seed in range(self.rng.choice([1, 1, 1, 1, 2, 5])):  # several answers to one prompt
+            self.admit(prompt, adapter, max_tokens, seed)
 
-    def admit(self, prompt: list[int], adapter: str | None, max_tokens: int) -> str:
+    def admit(self, prompt: list[int], adapter: str | None, max_tokens: int, seed: int = 0) -> str:
         name = f"r{self.num_accepted}"
+        self.seeds[name] = seed
         root = str((adapter, None if self.seats.causal_prompt else prompt)).encode()
         sequence = Sequence(name, self.num_accepted, list(prompt), root=root, adapter=adapter)
         self.num_accepted += 1
@@ -111,7 +116,7 @@ class House:
         self.ends[name] += 1
 
     def step(self) -> list[Slice]:
-        before = list(self.scheduler.running)
+        before = [(s, s.pages) for s in self.scheduler.running]
         plan = self.scheduler.plan()
         self.check_preempted(before)
         self.num_steps += bool(plan)
@@ -122,14 +127,35 @@ class House:
             if self.rng.random() >= self.fail_rate:
                 done.append((piece, token))
         self.scheduler.commit(done)
+        said = [piece.sequence for piece, token in done if token is not None]
+        for piece, _ in done:
+            said += self.fork(piece) if piece.ends_prompt else []
         self.check_ownership()
         succeeded = {piece for piece, _ in done}
         for piece in plan:
             if piece not in succeeded:
                 self.end(piece.sequence.id)
-            elif piece.samples:
-                self.maybe_finish(piece.sequence)
+        for sequence in said:
+            self.maybe_finish(sequence)
         return plan
+
+    def fork(self, piece: Slice) -> list[Sequence]:
+        """Let all that follow this sequence go on, each with a token of its own; some fail instead."""
+        values = self.values_of(piece.sequence, piece.stop)
+        forked, size = [], self.seats.page_size
+        for follower in list(piece.sequence.followers):
+            if self.rng.random() < self.fail_rate:
+                self.end(follower.id)
+                continue
+            copied = self.scheduler.fork(follower, next_token(values, self.seeds[follower.id]))
+            for i in range(size) if copied else ():
+                source, target = (page * size + i for page in copied)
+                self.slots[target] = self.slots.get(source, -1)
+            forked.append(follower)
+            self.num_copies += copied is not None
+        self.num_forks += len(forked)
+        assert not piece.sequence.followers
+        return forked
 
     def compute(self, piece: Slice) -> int | None:
         """The fake network: check what is read, write what is computed, return the next token where one is due."""
@@ -142,24 +168,27 @@ class House:
         for i in range(piece.start, piece.stop):
             self.slots[slots[i]] = values[i]
         assert values == truth[: piece.stop], "computed from half a prompt"
-        return next_token(values) if piece.samples else None
+        return next_token(values, self.seeds[sequence.id]) if piece.samples else None
 
     def maybe_finish(self, sequence: Sequence) -> None:
         _, max_tokens = self.live[sequence.id]
         answer = sequence.tokens[sequence.num_prompt :]
         if answer[-1] == STOP or len(answer) == max_tokens:
             prompt = sequence.tokens[: sequence.num_prompt]
-            assert answer == true_answer(prompt, sequence.adapter, max_tokens, self.values_of)
+            seed = self.seeds[sequence.id]
+            assert answer == true_answer(prompt, sequence.adapter, max_tokens, self.values_of, seed)
             self.num_cached += sequence.num_cached or 0
             self.end(sequence.id)
 
-    def check_preempted(self, before: list[Sequence]) -> None:
-        stayed = [s.arrival for s in before if s in self.scheduler.running]
-        put_back = [s.arrival for s in before if s not in self.scheduler.running]
+    def check_preempted(self, before: list[tuple[Sequence, list[int]]]) -> None:
+        """Whoever was put back has another list of pages, also when it overtook its way back in the same step."""
+        stayed = [s.arrival for s, pages in before if s.pages is pages]
+        put_back = [s.arrival for s, pages in before if s.pages is not pages]
         assert not stayed or not put_back or min(put_back) > max(stayed), "an older one had to make room"
 
     def check_plan(self, plan: list[Slice]) -> None:
         assert bool(plan) == bool(self.live)
+        self.check_followers()
         if not plan:
             return
         sequences = [piece.sequence for piece in plan]
@@ -170,6 +199,20 @@ class House:
         decoding = [s for s in self.scheduler.running if s.remaining == 1]
         assert set(decoding) <= set(sequences), "an answer did not get its token"
         self.check_budget([piece for piece in plan if piece.sequence not in decoding], len(decoding))
+
+    def check_followers(self) -> None:
+        """Who follows is nowhere else, and is led by an older one with an equal prompt that is not computed yet."""
+        seated = {*self.scheduler.running, *self.scheduler.waiting}
+        following = {s for s, _ in self.live.values() if s.leader is not None}
+        assert self.scheduler.num_waiting == len(self.scheduler.waiting) + len(following)
+        assert {s for s, _ in self.live.values()} == seated | following
+        assert not seated & following
+        for s in following:
+            assert s in s.leader.followers
+            assert s.leader in seated
+            assert s.leader.arrival < s.arrival
+            assert (s.leader.tokens, s.leader.adapter) == (s.tokens, s.adapter)
+        assert set(self.scheduler._leading.values()) <= seated
 
     def check_budget(self, prefills: list[Slice], num_decodes: int) -> None:
         room = max(self.seats.max_num_batched_tokens - num_decodes, 1)
@@ -202,6 +245,8 @@ class House:
         assert not self.scheduler.waiting
         assert set(self.ends.values()) <= {1}
         assert len(self.ends) == self.num_accepted
+        assert not self.scheduler._leading
+        assert self.scheduler.num_waiting == 0
 
 
 SCENES = [
@@ -238,6 +283,9 @@ def test_nothing_leaks_and_every_answer_is_right_under_random_load(scene: Seats,
     run_random_load(house, NUM_STEPS)
     assert house.num_accepted > 50
     assert (house.num_cached > 0) == reuse
+    assert (house.num_forks > 100) == reuse
+    if scene.max_num_seqs > 1 and scene.page_size > 1:
+        assert (house.num_copies > 10) == reuse
     if scene.max_num_seqs > 1 and scene.page_size < 16:
         assert house.scheduler.num_preemptions > 10, "the scene was meant to run out of pages"
     if scene.causal_prompt and scene.max_num_batched_tokens < 75:
@@ -251,7 +299,7 @@ def test_naive_prefix_reuse_on_a_two_way_prompt_is_caught() -> None:
     house.admit([*shared, 1, 2], None, 2)
     house.drain()
     sequence = Sequence("naive", 99, [*shared, 3, 4], root=str((None, [*shared, 1, 2])).encode())
-    house.live["naive"] = (sequence, 2)
+    house.live["naive"], house.seeds["naive"] = (sequence, 2), 0
     house.scheduler.add(sequence)
     with pytest.raises(AssertionError, match="stale or foreign"):
         house.step()
@@ -334,3 +382,86 @@ def test_a_whole_prompt_that_is_equal_is_reused_in_a_two_way_family() -> None:
     house.admit([*range(1, 19), 7], None, 2)
     house.drain()
     assert house.num_cached == 16
+
+
+# ---- several answers to one prompt
+
+
+def test_equal_prompts_that_meet_are_computed_once() -> None:
+    house = House(Seats(8, 64, 4), num_pages=60, rng=random.Random(2))
+    prompt = [token + 1 for token in range(18)]
+    names = [house.admit(prompt, None, 12, seed) for seed in range(5)]
+    first = house.step()
+    assert [(piece.start, piece.stop) for piece in first] == [(0, 18)]
+    assert (house.num_forks, house.num_copies) == (4, 4)
+    second = house.step()
+    assert {(piece.sequence.id, piece.num_tokens) for piece in second} == {(n, 1) for n in names if n in house.live}
+    running = house.scheduler.running
+    assert len({tuple(s.pages[:4]) for s in running}) == 1
+    assert len({s.pages[4] for s in running}) == len(running)
+    house.drain()
+
+
+def test_a_prompt_that_ends_with_a_page_needs_no_copy() -> None:
+    house = House(Seats(8, 64, 4), num_pages=60, rng=random.Random(2))
+    for seed in range(3):
+        house.admit([token + 1 for token in range(16)], None, 12, seed)
+    house.step()
+    assert (house.num_forks, house.num_copies) == (2, 0)
+    house.drain()
+
+
+def test_followers_without_a_seat_wait_and_lose_nothing() -> None:
+    house = House(Seats(2, 64, 4), num_pages=60, rng=random.Random(2))
+    for seed in range(5):
+        house.admit([token + 1 for token in range(18)], None, 12, seed)
+    house.step()
+    assert len(house.scheduler.running) <= 2
+    assert all(len(s.tokens) == 19 for s in house.scheduler.waiting)
+    house.drain()
+
+
+def test_an_older_request_gets_the_seat_that_a_follower_would_take() -> None:
+    house = House(Seats(2, 16, 4), num_pages=60, rng=random.Random(2))
+    prompt = [token + 1 for token in range(30)]
+    house.admit(prompt, None, 12)
+    long = house.admit([7] * 60, None, 12)
+    follower = house.admit(prompt, None, 12, seed=1)
+    while long in house.live and house.live[long][0] in house.scheduler.waiting:
+        house.step()
+        assert follower not in {s.id for s in house.scheduler.running}
+    house.drain()
+
+
+@pytest.mark.parametrize("num_steps", [0, 1])
+def test_when_the_leader_leaves_another_leads(num_steps: int) -> None:
+    house = House(Seats(4, 8, 4), num_pages=60, rng=random.Random(2))
+    prompt = [token + 1 for token in range(18)]
+    leader, heir, other = (house.admit(prompt, None, 6, seed) for seed in range(3))
+    for _ in range(num_steps):
+        house.step()
+    house.end(leader)
+    assert house.live[heir][0].followers == [house.live[other][0]]
+    first = house.step()
+    assert {piece.sequence.id for piece in first} == {heir}
+    assert first[0].start == 8 * num_steps  # what was computed is found again
+    house.drain()
+
+
+def test_a_fork_that_shares_a_page_still_written_to_is_caught() -> None:
+    """Planted: a fork that takes its leader's last page instead of a copy."""
+    house = House(Seats(8, 64, 4), num_pages=60, rng=random.Random(2))
+    for seed in range(3):
+        house.admit([token + 1 for token in range(18)], None, 12, seed)
+    fork = house.scheduler.fork
+
+    def sharing(follower: Sequence, token: int) -> tuple[int, int] | None:
+        source, target = fork(follower, token) or (0, 0)
+        follower.pages[-1] = source
+        house.pages.release([target])
+        house.pages.take([source])
+        return None
+
+    house.scheduler.fork = sharing  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match="still written to"):
+        house.step()
