@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from pingjia.data import read_examples
-from pingjia.data.language import identify
+from pingjia.language import identify
 
 ROOT = Path(__file__).resolve().parents[1]
 LANGS = ("zh", "en", "ja", "ko", "ru", "fr", "de", "es", "it", "pt", "nl", "vi")

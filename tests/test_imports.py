@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pingjia"
-BASE = {"errors", "types", "recipe", "ledger", "locate", "meter", "remote", "similarity"}
+BASE = {"errors", "types", "recipe", "ledger", "locate", "meter", "remote", "similarity", "language", "script"}
 BASE_ALLOWED = {
     "errors": set(),
     "types": {"errors"},
@@ -21,6 +21,8 @@ BASE_ALLOWED = {
     "meter": set(),
     "remote": {"errors"},
     "similarity": set(),
+    "script": set(),
+    "language": {"errors", "script"},
 }
 ALLOWED = {
     "chat": set(),

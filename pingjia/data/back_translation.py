@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pingjia.data.augment import Refusal, Task
-from pingjia.data.language import identify
-from pingjia.data.script import count_letters
 from pingjia.data.settings import BackTranslationSettings
 from pingjia.data.spans import Span, breach, protected_spans
 from pingjia.data.translation import EndpointTranslator, Translator
 from pingjia.errors import PingjiaError, UserError
+from pingjia.language import identify
+from pingjia.script import count_letters
 
 # Latin letters and digits: every vocabulary has them, and they read as a name. The first that the text has not is used.
 _PREFIXES = ("XQ", "ZK", "QV", "JX")

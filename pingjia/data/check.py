@@ -16,13 +16,13 @@ from typing import Any
 
 from pingjia.chat.tokenizer import Tokenizer
 from pingjia.data.encode import encode_example
-from pingjia.data.language import identify
 from pingjia.data.personal import find_personal
 from pingjia.data.problems import Problem
 from pingjia.data.read import Reader
 from pingjia.data.rules import check_rules
-from pingjia.data.script import count_han, count_letters
 from pingjia.data.seen import Seen
+from pingjia.language import identify
+from pingjia.script import count_han, count_letters
 from pingjia.types import Example
 
 MAX_KEPT = 10_000  # problems kept in a report; all are counted

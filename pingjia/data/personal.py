@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
-from pingjia.data.script import count_han
+from pingjia.script import count_han
 from pingjia.types import Example, Message
 
 # Where two kinds overlap the longer one wins, and of equally long ones the first of these: an identity card has a

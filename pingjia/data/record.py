@@ -22,6 +22,8 @@ from pingjia.data.personal import find_personal, mask_example, mask_row
 from pingjia.data.problems import Finding
 from pingjia.data.rules import check_rules
 from pingjia.data.script import count_han, count_letters
+from pingjia.language import identify
+from pingjia.script import count_han, count_letters
 from pingjia.data.settings import PersonalSettings, PrepareSettings
 from pingjia.data.write import row_of
 from pingjia.types import Example

@@ -12,9 +12,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
-from pingjia.data.language import LATIN, MIXED, UNKNOWN, asks_for_other_language, identify
 from pingjia.data.problems import Finding
-from pingjia.data.script import count_han
+from pingjia.language import LATIN, MIXED, UNKNOWN, asks_for_other_language, identify
+from pingjia.script import count_han
 from pingjia.types import Example
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pingjia.data.script import count_han
 from pingjia.data.span_forms import by_form
+from pingjia.script import count_han
 
 KINDS = (
     "code", "url", "email", "placeholder", "quoted", "path", "formula", "sku", "number", "negation", "emoji", "name",

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pingjia.data.augment import Refusal, Task
-from pingjia.data.script import count_han
 from pingjia.data.spans import Span, breach, protected_spans, tagged
 from pingjia.errors import UserError
+from pingjia.script import count_han
 
 _BUNDLED = tuple(Path(__file__).with_name(f"synonyms_{lang}.tsv") for lang in ("zh", "en"))
 _MAX_TOKENS = 4  # of one Chinese phrase in the list

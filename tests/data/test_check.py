@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from pingjia.chat.tokenizer import Tokenizer
 from pingjia.data import Problem, check_files, encode_examples, fingerprint, read_examples, resolve
 from pingjia.data.check import MAX_KEPT, _lengths
-from pingjia.data.script import count_han, count_letters, zh_share
 from pingjia.data.settings import DataSettings
 from pingjia.errors import DataError, ModelError
+from pingjia.script import count_han, count_letters, zh_share
 from pingjia.types import Encoded, Example, Message
 
 Write = Callable[..., Path]

@@ -17,11 +17,11 @@ from pingjia.chat.tokenizer import Tokenizer
 from pingjia.data import Job, Problem, prepare, read_examples
 from pingjia.data.duplicates import Signatures, find_exact, find_near, signature
 from pingjia.data.encode import encode_example
-from pingjia.data.language import identify
 from pingjia.data.leaks import NEARLY, SAME_QUESTION, SAME_ROW, find_leaks
 from pingjia.data.personal import find_personal, mask_example
 from pingjia.data.rules import RULES, check_rules
 from pingjia.data.settings import DataSettings, DuplicateSettings, PrepareSettings
+from pingjia.language import identify
 from pingjia.types import Example
 
 FOLDER = Path(__file__).parent / "fixtures"

@@ -8,7 +8,7 @@ import pytest
 
 from pingjia.data import check_files, read_examples
 from pingjia.data.files import SAMPLES
-from pingjia.data.script import zh_share
+from pingjia.script import zh_share
 from pingjia.types import Example
 
 DOMAINS = ("customer_service", "tutoring", "writing")

@@ -6,10 +6,10 @@ import pytest
 
 from pingjia.data.augment import Refusal, Task, normal
 from pingjia.data.read import read_examples
-from pingjia.data.script import count_han
 from pingjia.data.spans import breach, protected_spans
 from pingjia.data.synonyms import Synonyms, load_thesaurus
 from pingjia.errors import UserError
+from pingjia.script import count_han
 
 LISTS = sorted((Path(__file__).resolve().parents[2] / "pingjia" / "data").glob("synonyms_*.tsv"))
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from pingjia.data.script import count_han, count_letters
 from pingjia.errors import DataError
+from pingjia.script import count_han, count_letters
 
 UNKNOWN = "und"
 MIXED = "mixed"
@@ -189,7 +189,7 @@ def _classifier() -> Callable[[str], tuple[str, float]]:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier  # its model is a file of numbers, no pickle
     except ImportError:
-        raise DataError("telling languages apart needs py3langid: pip install 'pingjia[data]'") from None
+        raise DataError("telling languages apart needs py3langid: pip install py3langid") from None
 
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     identifier.set_languages(list(LATIN))

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pingjia.data import language
-from pingjia.data.language import LATIN, asks_for_other_language, identify
+from pingjia import language
 from pingjia.errors import DataError
+from pingjia.language import LATIN, asks_for_other_language, identify
 
 TEXTS = {
     "en": "refund?|hi|OK|iPhone 15 price|return policy|size M|is it waterproof|battery life?|no|sure|ASAP pls|"
