@@ -15,17 +15,15 @@ from pingjia.chat import load_tokenizer
 from pingjia.chat.tokenizer import Tokenizer
 from pingjia.data.domains import DomainRules
 from pingjia.data.duplicates import Signature, signature
-from pingjia.data.language import identify
 from pingjia.data.layouts import parse_row
 from pingjia.data.length import Fitted, fit
 from pingjia.data.personal import find_personal, mask_example, mask_row
 from pingjia.data.problems import Finding
 from pingjia.data.rules import check_rules
-from pingjia.data.script import count_han, count_letters
-from pingjia.language import identify
-from pingjia.script import count_han, count_letters
 from pingjia.data.settings import PersonalSettings, PrepareSettings
 from pingjia.data.write import row_of
+from pingjia.language import identify
+from pingjia.script import count_han, count_letters
 from pingjia.types import Example
 
 Row = dict[str, Any]
