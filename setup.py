@@ -62,15 +62,16 @@ class BuildKernels(build_ext):
         return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=COMMON + flags)[0]
 
 
-setup(
-    cmdclass={"build_ext": BuildKernels},
-    ext_modules=[
-        Extension(
-            "pingjia.quant.kernels.libpingjia",
-            sources=sorted(str(path) for path in KERNELS.glob("*.cpp")),
-            depends=sorted(str(path) for path in KERNELS.glob("*.h")),
-            language="c++",
-            optional=True,
-        )
-    ],
-)
+if __name__ == "__main__":
+    setup(
+        cmdclass={"build_ext": BuildKernels},
+        ext_modules=[
+            Extension(
+                "pingjia.quant.kernels.libpingjia",
+                sources=sorted(str(path) for path in KERNELS.glob("*.cpp")),
+                depends=sorted(str(path) for path in KERNELS.glob("*.h")),
+                language="c++",
+                optional=True,
+            )
+        ],
+    )

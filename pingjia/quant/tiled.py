@@ -29,18 +29,13 @@ class Tiled(nn.Module):
     def prepare(self) -> None:
         """Reorder the weight for the kernels."""
         if self.tiles is None:
-            self._keep_tiles(Tiles.of(self.weight, self.weight_scale, self.bits))
+            _keep_tiles([self])
 
     def restore(self) -> None:
         """Back to the plain tensors."""
         if self.tiles is not None:
             self.weight, self.weight_scale = self.tiles.plain()
             self.tiles = None
-
-    def _keep_tiles(self, tiles: Tiles) -> None:
-        self.tiles = tiles
-        self.weight = nn.Parameter(self.weight.new_empty(tiles.n, 0), requires_grad=False)
-        self.weight_scale = self.weight_scale.new_empty(tiles.n, 0)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         if self.tiles is not None and fn(torch.empty(0)).device.type != "cpu":
@@ -74,9 +69,7 @@ def prepare_for_inference(model: nn.Module) -> nn.Module:
         warnings.warn(f"packed layers will run in plain torch, several times slower: {kernels.why_not()}", stacklevel=2)
         return model
     for tied in _plain_layers(model).values():
-        tiles = Tiles.of(tied[0].weight, tied[0].weight_scale, tied[0].bits)
-        for module in tied:
-            module._keep_tiles(tiles)
+        _keep_tiles(tied)
     return model
 
 
@@ -87,6 +80,15 @@ def _plain_layers(model: nn.Module) -> dict[int, list[Tiled]]:
         if isinstance(module, Tiled) and module.tiles is None and module.weight.device.type == "cpu":
             layers.setdefault(id(module.weight), []).append(module)
     return layers
+
+
+def _keep_tiles(tied: list[Tiled]) -> None:
+    """Give layers that share one weight one set of tiles, and one empty weight: they are still tied."""
+    weight, scale = tied[0].weight, tied[0].weight_scale
+    tiles = Tiles.of(weight, scale, tied[0].bits)
+    empty = nn.Parameter(weight.new_empty(tiles.n, 0), requires_grad=False)
+    for module in tied:
+        module.tiles, module.weight, module.weight_scale = tiles, empty, scale.new_empty(tiles.n, 0)
 
 
 def restore_plain(model: nn.Module) -> nn.Module:
