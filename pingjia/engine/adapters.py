@@ -62,11 +62,14 @@ class Adapter:
     token_rows: Mapping[str, TokenRows]
 
 
-def read_adapter(path: str | Path, model: PreTrainedModel, tokenizer: Tokenizer, base_fingerprint: str) -> Adapter:
+def read_adapter(
+    path: str | Path, model: PreTrainedModel, tokenizer: Tokenizer, base_fingerprint: str, *, max_rank: int
+) -> Adapter:
     """Read the adapter in directory `path` and check it against the network, its tokenizer and its fingerprint.
 
-    Raises ModelError: not an adapter, of a kind that must be merged first, for another base, trained with another chat
-    template, with missing, unknown, mis-shaped or not-a-number tensors, or without any effect.
+    Raises ModelError: not an adapter, of a rank over `max_rank`, of a kind that must be merged first, for another base,
+    trained with another chat template, with missing, unknown, mis-shaped or not-a-number tensors, or without any
+    effect.
     """
     path = Path(path).expanduser()
     files = {name: _read(path, name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
@@ -75,6 +78,7 @@ def read_adapter(path: str | Path, model: PreTrainedModel, tokenizer: Tokenizer,
     _refuse_other_base(path, tokenizer, base_fingerprint)
     tensors, rows = _tensors(path, files[WEIGHTS_FILE])
     linears = _linears(model)
+    _refuse_high_rank(path, tensors, max_rank)
     _refuse_missing(path, tensors, _targets(path, config, linears))
     weights = {
         name: _weights(path, name, pair, config, linears[name], model.device) for name, pair in sorted(tensors.items())
@@ -224,6 +228,16 @@ def _refuse_missing(path: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]
         absent = {"A", "B"} - set(tensors.get(module, {}))
         if absent:
             raise ModelError(f"{path}: lora_{min(absent)} of {module} is missing: the file is incomplete")
+
+
+def _refuse_high_rank(path: Path, tensors: Mapping[str, Mapping[str, torch.Tensor]], max_rank: int) -> None:
+    for module, pair in sorted(tensors.items()):
+        rank = min(min(tensor.shape, default=0) for tensor in pair.values())
+        if rank > max_rank:
+            raise ModelError(
+                f"{path}: rank {rank} ({module}) is over the limit of {max_rank}; raise engine.max_lora_rank, or train "
+                "with a lower rank"
+            )
 
 
 def _weights(

@@ -34,7 +34,7 @@ from pingjia.engine.runner import probe
 from pingjia.engine.sample import Pick, Sampler, pick
 from pingjia.engine.scheduler import Scheduler, Seats
 from pingjia.engine.sequence import Slice
-from pingjia.engine.served import Base, Served
+from pingjia.engine.served import AdapterLimits, Base, Served
 from pingjia.engine.settings import EngineSettings
 from pingjia.errors import EngineError, ModelError, PromptTooLong, RequestError
 from pingjia.models import Family, family_of, load_model, max_model_len, use_packed_attention
@@ -109,7 +109,8 @@ class Engine:
         self._pages = PageAllocator(num_pages, reuse=settings.prefix_caching)
         self._scheduler = Scheduler(_seats(settings, self._family), self._pages)
         self._pool = backend.pool(num_pages)
-        self._served = Served(base, self.limits.max_model_len)
+        limits = AdapterLimits(settings.max_loras, settings.max_lora_rank)
+        self._served = Served(base, self.limits.max_model_len, limits)
         self._grammars = Grammars(self.tokenizer, self._vocab_size)
         self._runner = backend.runner(self._pool, self._served.rows)
         self._seeds = random.Random(settings.seed)  # noqa: S311  not a secret
@@ -275,16 +276,24 @@ class Engine:
     def load_adapter(self, name: str, path: str | Path) -> None:
         """Serve the PEFT adapter in directory `path` as `name`, also while requests run.
 
-        Raises ModelError when it cannot be served as it is, or when `name` is in use with other weights.
+        The same files again change nothing. Other files replace the old ones: requests that were accepted before end
+        with the weights they began with, whose memory is then freed. Raises ModelError when it cannot be served as it
+        is, or there are too many.
         """
+        adapter = self._served.read(name, path)  # without the lock: steps go on meanwhile
         with self._lock:
-            self._served.load(name, path, self._num_users(name))
+            self._served.put(name, adapter)
             self._runner.adapters_changed()
+            self._release_adapters()
 
     def unload_adapter(self, name: str) -> None:
-        """Stop serving an adapter. Raises ModelNotFound, or ModelError while requests use it."""
+        """Stop serving an adapter; requests that were accepted before end with it. Raises ModelNotFound."""
         with self._lock:
-            self._served.unload(name, self._num_users(name))
+            self._served.unload(name)
+            self._release_adapters()
+
+    def _release_adapters(self) -> None:
+        if self._served.release(live.sequence.adapter for live in self._live.values()):
             self._runner.adapters_changed()
 
     def stats(self) -> EngineStats:
@@ -379,6 +388,9 @@ class Engine:
     def _drop(self, live: _Live) -> None:
         del self._live[live.request.id]
         self._scheduler.drop(live.sequence)
+        adapter = live.sequence.adapter
+        if adapter is not None and self._served.is_nameless(adapter):
+            self._release_adapters()
 
     def _route(self, news: list[tuple[str, Chunk]]) -> None:
         for request_id, chunk in news:
@@ -418,9 +430,6 @@ class Engine:
         if not self._family.causal_prompt:  # keys depend on later prompt tokens too: share for equal whole prompts only
             root.update(array("q", prompt_ids).tobytes())
         return root.digest()
-
-    def _num_users(self, name: str) -> int:
-        return sum(live.request.adapter == name for live in self._live.values())
 
     def _count(self, plan: list[Slice], outcome: _Outcome, started: float) -> None:
         self.step_tokens = {piece.sequence.id: piece.num_tokens for piece in plan}

@@ -33,5 +33,9 @@ class EngineSettings(Section):
     """Prompt plus answer of one request. Default: what the network was built for, or the pool if that is smaller."""
     prefix_caching: bool = True
     """Keep the pages of ended requests and use them again for equal beginnings."""
+    max_loras: int = Field(16, ge=1)
+    """Adapters that may be loaded at a time."""
+    max_lora_rank: int = Field(256, ge=1)
+    """Highest rank of an adapter."""
     seed: int | None = None
     """Where requests without a seed of their own take theirs from; default: the operating system."""

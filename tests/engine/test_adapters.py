@@ -151,26 +151,107 @@ def test_new_weights_under_an_old_name_never_meet_old_keys(
     assert new.token_ids == fresh.generate(text, sampling, adapter="b")[0].token_ids != old.token_ids
 
 
-def test_an_adapter_in_use_is_neither_unloaded_nor_replaced(tiny_engine: MakeEngine, adapters: dict[str, Path]) -> None:
+def finish(engine: Engine, most: int = 10_000) -> dict[str, list[int]]:
+    """The tokens of each request in the next steps."""
+    tokens: dict[str, list[int]] = {}
+    while engine.has_work() and (most := most - 1) >= 0:
+        for request_id, chunk in engine.step():
+            assert chunk.finish_reason != "error"
+            tokens.setdefault(request_id, []).extend(chunk.token_ids)
+    return tokens
+
+
+def attached(engine: Engine) -> set[str]:
+    modules = [m for m in engine._served.base.model.modules() if isinstance(m, AdaptedLinear)]
+    return {key for module in modules for key in module.weights}
+
+
+@pytest.mark.parametrize("how", ["replace", "unload"])
+def test_requests_end_with_the_weights_they_began_with(
+    tiny_engine: MakeEngine, adapters: dict[str, Path], how: str
+) -> None:
+    sampling, prompt = Sampling(max_tokens=20, ignore_eos=True), tuple(range(40, 70))
+    alone = {}
+    for kind in ("all", "attention"):
+        engine = tiny_engine()
+        engine.load_adapter("a", adapters[kind])
+        engine.add(Request("r", prompt, sampling, adapter="a"))
+        alone[kind] = finish(engine)["r"]
+    assert alone["all"] != alone["attention"]
+
     engine = tiny_engine()
     engine.load_adapter("a", adapters["all"])
-    engine.add(Request("r", (1, 70), Sampling(max_tokens=5, ignore_eos=True), adapter="a"))
-    engine.step()
-    with pytest.raises(ModelError, match="in use by 1 unfinished"):
-        engine.unload_adapter("a")
-    with pytest.raises(ModelError, match="in use by 1 unfinished"):
+    for name in ("running", "waiting"):
+        engine.add(Request(name, prompt, sampling, adapter="a"))
+    early = finish(engine, most=5)
+    engine.add(Request("late", prompt, sampling, adapter="a"))
+    if how == "replace":
         engine.load_adapter("a", adapters["attention"])
-    engine.load_adapter("b", adapters["attention"])  # others may come while requests run
-    while engine.has_work():
-        engine.step()
+        engine.add(Request("new", prompt, sampling, adapter="a"))
+        assert len(attached(engine)) == 2
+    else:
+        engine.unload_adapter("a")
+        with pytest.raises(ModelNotFound):
+            engine.add(Request("new", prompt, sampling, adapter="a"))
+        assert len(attached(engine)) == 1
+    tokens = {name: early.get(name, []) + tokens for name, tokens in finish(engine).items()}
+    assert tokens.pop("new", alone["attention"]) == alone["attention"]
+    assert tokens == {name: alone["all"] for name in ("running", "waiting", "late")}
+    assert len(attached(engine)) == (1 if how == "replace" else 0)
+
+
+def test_a_cancelled_request_frees_what_only_it_used(tiny_engine: MakeEngine, adapters: dict[str, Path]) -> None:
+    engine = tiny_engine()
+    engine.load_adapter("a", adapters["all"])
+    engine.add(Request("r", (1, 70), Sampling(max_tokens=50, ignore_eos=True), adapter="a"))
+    engine.step()
+    engine.unload_adapter("a")
+    assert len(attached(engine)) == 1
+    engine.cancel("r")
+    assert attached(engine) == set()
+    assert [chunk.finish_reason for _, chunk in engine.step()] == ["cancelled"]
+
+
+def test_names_come_and_go(tiny_engine: MakeEngine, adapters: dict[str, Path]) -> None:
+    engine = tiny_engine()
+    engine.load_adapter("a", adapters["all"])
+    engine.load_adapter("b", adapters["attention"])
+    engine.load_adapter("b", adapters["all"])  # two names of the same files
+    assert len(attached(engine)) == 1
     engine.unload_adapter("a")
     assert [card.id for card in engine.models()][1:] == ["b"]
+    assert len(attached(engine)) == 1
     with pytest.raises(ModelNotFound):
         engine.unload_adapter("a")
     with pytest.raises(ModelError, match="base model"):
         engine.unload_adapter(engine.models()[0].id)
     with pytest.raises(ModelError, match="other than the base"):
         engine.load_adapter(engine.models()[0].id, adapters["all"])
+
+
+def test_their_number_is_bounded(tiny_engine: MakeEngine, adapters: dict[str, Path]) -> None:
+    engine = tiny_engine(max_loras=2)
+    engine.load_adapter("a", adapters["all"])
+    engine.load_adapter("b", adapters["attention"])
+    with pytest.raises(ModelError, match=r"2 adapters are loaded, which is engine.max_loras; unload one"):
+        engine.load_adapter("c", adapters["patterns"])
+    for i, kind in enumerate(("patterns", "late layers", "expression")):
+        engine.add(Request(f"r{i}", (1, 70), Sampling(max_tokens=50, ignore_eos=True), adapter="b"))
+        if i < 2:
+            engine.load_adapter("b", adapters[kind])
+    with pytest.raises(ModelError, match="2 replaced adapters are still in use"):
+        engine.load_adapter("b", adapters["expression"])
+    finish(engine)
+    engine.load_adapter("b", adapters["expression"])
+    assert len(attached(engine)) == 2
+
+
+def test_a_rank_over_the_limit_is_refused(tiny_engine: MakeEngine, adapters: dict[str, Path]) -> None:
+    engine = tiny_engine(max_lora_rank=3)
+    engine.load_adapter("a", adapters["all"])
+    with pytest.raises(ModelError, match=r"rank 4 .*q_proj.* over the limit of 3; raise engine.max_lora_rank"):
+        engine.load_adapter("b", adapters["attention"])
+    assert engine.generate("abc", Sampling(max_tokens=3), adapter="a")
 
 
 def test_without_adapters_the_network_is_as_it_was(tiny_engine: MakeEngine, adapters: dict[str, Path]) -> None:
