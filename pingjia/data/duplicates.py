@@ -73,20 +73,29 @@ class Signature:
     minhash: np.ndarray
 
 
-def signature(example: Example) -> Signature:
-    """The same in every process and on every platform."""
+def signature(example: Example, *, near: bool = True) -> Signature:
+    """The same in every process and on every platform. Without `near`, of use for equal rows and questions only."""
     turns = example.messages
+    bands, minhash = _near_keys(turns) if near else _NO_KEYS
+    return Signature(
+        exact=_digest(turns, 16, example.tools),
+        question=_number(_digest(turns[:-1], 8, example.tools)),
+        bands=bands,
+        minhash=minhash,
+    )
+
+
+_NO_KEYS = np.zeros(NUM_BANDS, "<u8"), np.zeros(NUM_PERM, np.uint8)
+
+
+def _near_keys(turns: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
+    """`Signature.bands` and `Signature.minhash`."""
     *asked, told = (_plain(m.text) for m in turns if m.role in ("user", "assistant"))
     question = " ".join(asked)
     letters, answer = _letters(f"{question} {told}"), _letters(told)
     meaning = _must_agree(f"{question} {told}") + (answer if 3 * len(answer) <= len(letters) else "")
     minhash = _minhash(letters)
-    return Signature(
-        exact=_digest(turns, 16, example.tools),
-        question=_number(_digest(turns[:-1], 8, example.tools)),
-        bands=_bands(minhash, meaning.encode("utf-8", "surrogatepass")),
-        minhash=minhash.astype(np.uint8),
-    )
+    return _bands(minhash, meaning.encode("utf-8", "surrogatepass")), minhash.astype(np.uint8)
 
 
 def text_digest(text: str) -> int:

@@ -164,7 +164,7 @@ class Inspector:
         record.domain = example.domain
         record.num_chars, record.num_han, record.num_letters = len(text), count_han(text), count_letters(text)
         if not record.faults:
-            record.signature = signature(example)
+            record.signature = signature(example, near=self._plan.settings.duplicates.near is not None)
             if example.domain is not None and isinstance(record.row, dict) and "domain" not in record.row:
                 record.row = {**record.row, "domain": example.domain}
         return record

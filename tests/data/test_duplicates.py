@@ -371,6 +371,14 @@ def test_signatures_are_these_everywhere() -> None:
     assert digest == "b20b8c8fc8c04239e5dbae3d367aa01f939529897afcc479219d9398d529336b"
 
 
+def test_without_near_the_rest_of_a_signature_is_the_same() -> None:
+    whole, plain = signature(row("冰箱多少钱？")), signature(row("冰箱多少钱？"), near=False)
+    assert (plain.exact, plain.question) == (whole.exact, whole.question)
+    assert plain.bands.shape == whole.bands.shape
+    assert not plain.bands.any()
+    assert plain.minhash.dtype == whole.minhash.dtype
+
+
 def test_signatures_travel() -> None:
     made = signature(row("冰箱"))
     again = pickle.loads(pickle.dumps(made))
