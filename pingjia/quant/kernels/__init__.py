@@ -77,7 +77,7 @@ def _checked(library: ctypes.CDLL) -> ctypes.CDLL | str:
         function.restype, function.argtypes = result, arguments
     asked, names = os.environ.get("PINGJIA_KERNELS"), library.pj_isa_names().decode()
     if asked and asked not in names.split(","):
-        raise ModelError(f"PINGJIA_KERNELS={asked}: this processor and build have {names}; or `off`")
+        raise ModelError(f"PINGJIA_KERNELS={asked}: this processor and build have {names.replace(',', ', ')}; or `off`")
     return library
 
 
