@@ -16,7 +16,7 @@ from typing import Any, cast
 import typer
 from typer.exceptions import TyperException
 
-from pingjia.cli import chat, cost, data, doctor, env, eval, export, run, serve, train
+from pingjia.cli import chat, cost, data, doctor, env, eval, export, quantize, run, serve, train
 from pingjia.cli.console import errors
 from pingjia.errors import UserError
 
@@ -42,8 +42,10 @@ app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
 app.command("serve")(serve.serve)
+app.add_typer(keys.app, name="keys")
 app.command("chat")(chat.chat)
 app.command("export")(export.export)
+app.command("quantize")(quantize.quantize)
 app.add_typer(cost.app, name="cost")
 app.command("doctor")(doctor.doctor)
 app.command("env")(env.env)

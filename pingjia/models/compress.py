@@ -9,8 +9,9 @@ Not here: reading tensors (`source.py`), the arithmetic (`quant/`), the director
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
@@ -51,7 +52,7 @@ class Compressor:
         self.model = empty_network(source.config)
         self.blocks = block_paths(self.model)
         self.embedding, self.head = table_names(self.model)
-        self.errors: list[MatrixError] = []
+        self._errors: list[MatrixError] = []  # of the shard that is being made
         self._check()
 
     @property
@@ -66,7 +67,7 @@ class Compressor:
         for number, block in enumerate(self.blocks, start=1):
             on_step(number - 1, self.num_shards, block)
             if not shards.is_done(number):
-                shards.write(number, self._pack_block(block, walk))
+                self._write(shards, number, self._pack_block(block, walk))
             elif walk is not None:
                 fill(self.model, _as_floats(read_shard(shards.file(number))))
             if walk is not None:
@@ -74,8 +75,12 @@ class Compressor:
             free(self.model, block)
         on_step(self.num_shards - 1, self.num_shards, "embedding and head")
         if not shards.is_done(self.num_shards):
-            shards.write(self.num_shards, self._pack_rest(walk))
+            self._write(shards, self.num_shards, self._pack_rest(walk))
         on_step(self.num_shards, self.num_shards, "")
+
+    def _write(self, shards: ShardWriter, number: int, tensors: dict[str, torch.Tensor]) -> None:
+        shards.write(number, tensors, [asdict(e) for e in self._errors])
+        self._errors = []
 
     def _check(self) -> None:
         if self.settings.layout == "published" and self.source.raw_config["model_type"] != "chatglm":
@@ -130,7 +135,7 @@ class Compressor:
 
     def _packed(self, path: str, weight: torch.Tensor, bits: int, root: Root | None) -> PackedMatrix:
         packed = pack_matrix(weight, bits, self.settings, root, path)
-        self.errors.append(MatrixError(path, bits, packed.relative_error))
+        self._errors.append(MatrixError(path, bits, packed.relative_error))
         return packed
 
     # ---- embedding, last norm, head
@@ -174,6 +179,20 @@ class Compressor:
         for x in walk.before_head():
             gram.add(x)
         return Root.of(gram, self.settings, self.head)
+
+
+def matrix_errors(shards: ShardWriter) -> list[MatrixError]:
+    """Of all matrices of a run that is done, in order."""
+    return [MatrixError(**e) for number in range(1, shards.num_shards + 1) for e in shards.note(number)]
+
+
+def estimated_bytes(source: Source, settings: QuantizeSettings) -> int:
+    """About what the shards will take."""
+    matrices = {n: math.prod(shape) for n, shape in source.shapes.items() if len(shape) > 1}
+    tables = sum(sorted(matrices.values())[-1:])
+    linears = sum(matrices.values()) - tables
+    scales = 16 / settings.group_size if settings.bits == 4 else 0
+    return int((linears * (settings.bits + scales) + tables * settings.head_bits) / 8)
 
 
 def _as_floats(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

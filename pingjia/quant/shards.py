@@ -7,6 +7,7 @@ there of an interrupted run is whole. Not here: the network they belong to (`mod
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pingjia.errors import ModelError
@@ -50,24 +52,31 @@ class ShardWriter:
         return self.folder / f"model-{number:05d}-of-{self.num_shards:05d}.safetensors"
 
     def is_done(self, number: int) -> bool:
-        return self.file(number).is_file() and self._sums(number).is_file()
+        return self.file(number).is_file() and self._side(number).is_file()
 
-    def write(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """All of a shard or none of it. OSError when the disk refuses."""
-        file, temporary = self.file(number), self.folder / f"shard-{number}.tmp"
+    def write(self, number: int, tensors: Mapping[str, torch.Tensor], note: Any = None) -> None:
+        """All of a shard or none. `note` (JSON) is kept beside it until `clean`. OSError when the disk refuses."""
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        temporary = self.folder / f"shard-{number}.tmp"
+        side = {"sha256": {n: tensor_digest(n, t) for n, t in whole.items()}, "note": note}
         try:
             save_file(whole, temporary, metadata={"format": "pt"})
-            self._sums(number).write_text(json.dumps({n: tensor_digest(n, t) for n, t in whole.items()}))
             _sync(temporary)
-            os.replace(temporary, file)
-        except BaseException:
+            self._side(number).write_text(json.dumps(side), encoding="utf-8")
+            os.replace(temporary, self.file(number))
+        except SafetensorError as e:
+            full = "os error 28" in str(e).lower() or "no space" in str(e).lower()
+            raise OSError(errno.ENOSPC if full else errno.EIO, str(e), str(temporary)) from None
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
+
+    def note(self, number: int) -> Any:
+        """What was noted with a shard that is done."""
+        return self._read(number)["note"]
 
     def finish(self) -> int:
-        """Write the index, remove what only a restart needs; return the bytes of all shards."""
-        sums = {number: json.loads(self._sums(number).read_text()) for number in range(1, self.num_shards + 1)}
+        """Write the index; return the bytes of all shards."""
+        sums = {number: self._read(number)["sha256"] for number in range(1, self.num_shards + 1)}
         total = sum(self.file(number).stat().st_size for number in sums)
         index = {
             "metadata": {"total_size": total},
@@ -75,12 +84,18 @@ class ShardWriter:
             "sha256": {name: value for own in sums.values() for name, value in own.items()},
         }
         (self.folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        for number in sums:
-            self._sums(number).unlink()
         return total
 
-    def _sums(self, number: int) -> Path:
-        return self.folder / f"shard-{number}.sha256.json"
+    def clean(self) -> None:
+        """Remove what only a restart needs."""
+        for number in range(1, self.num_shards + 1):
+            self._side(number).unlink(missing_ok=True)
+
+    def _side(self, number: int) -> Path:
+        return self.folder / f"shard-{number}.json"
+
+    def _read(self, number: int) -> dict[str, Any]:
+        return dict(json.loads(self._side(number).read_text(encoding="utf-8")))
 
 
 def read_shard(file: Path) -> dict[str, torch.Tensor]:
