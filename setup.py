@@ -7,8 +7,10 @@ compiler the installation goes on: the package then computes in plain torch and 
 
 from __future__ import annotations
 
+import os
 import platform
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -16,7 +18,16 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 KERNELS = Path("pingjia/quant/kernels")
-COMMON = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-maybe-uninitialized", "-Wno-psabi"]
+COMMON = [
+    "-O3",
+    "-g0",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-pthread",
+    "-Wno-maybe-uninitialized",
+    "-Wno-psabi",
+]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 FLAGS = {
     "x86_64": {
@@ -43,7 +54,8 @@ class BuildKernels(build_ext):
         return str(Path(*fullname.split("."))) + (sysconfig.get_config_var("SHLIB_SUFFIX") or ".so")
 
     def build_extension(self, ext: Extension) -> None:
-        objects = [self._compile(source) for source in ext.sources]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(self._compile, ext.sources))
         target = self.get_ext_fullpath(ext.name)
         self.mkpath(str(Path(target).parent))
         self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread"], target_lang="c++")
