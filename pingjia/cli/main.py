@@ -16,7 +16,7 @@ from typing import Any, cast
 import typer
 from typer.exceptions import TyperException
 
-from pingjia.cli import chat, cost, data, doctor, env, eval, export, keys, keys, quantize, run, serve, train
+from pingjia.cli import chat, cost, data, doctor, env, eval, export, keys, quantize, run, serve, train
 from pingjia.cli.console import errors
 from pingjia.errors import UserError
 

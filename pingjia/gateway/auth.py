@@ -1,4 +1,7 @@
-"""API keys: who may call. Keys are kept and compared as sha256; logs and the ledger see a short piece of the hash."""
+"""API keys: who may call. Keys are kept and compared as sha256; logs and the ledger see a short piece of the hash.
+
+Keys of the recipe and the environment have no limits; those of a key file (`keys.py`) bring theirs along.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ import hmac
 import os
 import re
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pingjia.errors import UserError
 from pingjia.gateway.errors import Unauthorized, respond
+from pingjia.gateway.keys import Key, KeyFile
 from pingjia.gateway.settings import GatewaySettings
 
 _ID_DIGITS = 12
@@ -23,13 +29,26 @@ def hash_key(key: str) -> str:
 
 
 class KeyRing:
-    """The known keys. An empty ring lets everybody in."""
+    """The known keys: hashes, and a file. Without either everybody is let in; an empty file lets nobody in."""
 
-    def __init__(self, hashes: Iterable[str] = ()) -> None:
+    def __init__(self, hashes: Iterable[str] = (), file: KeyFile | None = None) -> None:
         self._hashes = tuple(dict.fromkeys(hashes))
+        self._file = file
 
     def __len__(self) -> int:
         return len(self._hashes)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether no key is needed."""
+        return not self._hashes and self._file is None
+
+    def find(self, key: bytes) -> Key | None:
+        """The key these bytes are, in force or not; None for an unknown one."""
+        key_id = self.identify(key)
+        if key_id is not None:
+            return Key(id=key_id)
+        return self._file.find(key) if self._file is not None else None
 
     def identify(self, key: bytes) -> str | None:
         """The id of the key, or None. Takes the same time whichever key it is."""
@@ -48,13 +67,25 @@ def load_keys(settings: GatewaySettings, environ: Mapping[str, str] = os.environ
                 "make one with: printf %s YOUR-KEY | sha256sum"
             )
     in_clear = [key for key in re.split(r"[\s,]+", environ.get(settings.api_keys_env, "")) if key]
-    ring = KeyRing([*(h.lower() for h in settings.api_keys), *map(hash_key, in_clear)])
-    if not len(ring) and not settings.is_loopback:
+    ring = KeyRing([*(h.lower() for h in settings.api_keys), *map(hash_key, in_clear)], _key_file(settings))
+    if ring.is_open and not settings.is_loopback:
         raise UserError(
             f"host {settings.host} can be reached from other machines, so API keys are required and none was given; "
-            f"set the environment variable {settings.api_keys_env} or serve.api_keys, or use host 127.0.0.1"
+            f"set serve.keys_file, the environment variable {settings.api_keys_env} or serve.api_keys, or use host "
+            "127.0.0.1"
         )
     return ring
+
+
+def _key_file(settings: GatewaySettings) -> KeyFile | None:
+    if settings.keys_file is None:
+        return None
+    file = KeyFile(settings.keys_file)
+    if not Path(settings.keys_file).expanduser().is_file():
+        advice = f"make a first key: pingjia keys create NAME --file {settings.keys_file}"
+        raise UserError(f"serve.keys_file: {settings.keys_file} is no file; {advice}")
+    file.read()
+    return file
 
 
 class Auth:
@@ -65,15 +96,16 @@ class Auth:
         self.keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not len(self.keys) or _is_health(scope["path"]):
+        if scope["type"] != "http" or self.keys.is_open or _is_health(scope["path"]):
             await self.app(scope, receive, send)
             return
         key = _bearer(scope["headers"])
-        key_id = self.keys.identify(key) if key else None
-        if key_id is None:
-            await respond(Unauthorized(_refusal(key)))(scope, receive, send)
+        found = self.keys.find(key) if key else None
+        reason = _refusal(key) if found is None else _ended(found)
+        if found is None or reason is not None:
+            await respond(Unauthorized(reason or ""))(scope, receive, send)
             return
-        scope["state"]["key_id"] = key_id
+        scope["state"].update(key_id=found.id, key=found)
         await self.app(scope, receive, send)
 
 
@@ -93,3 +125,13 @@ def _refusal(key: bytes) -> str:
     if key:
         return "this API key is not known here; ask whoever runs the server for one"
     return "an API key is required; send the header Authorization: Bearer YOUR-KEY"
+
+
+def _ended(key: Key) -> str | None:
+    if key.revoked_at is not None:
+        return f"this API key was revoked on {key.revoked_at:%Y-%m-%d}; ask whoever runs the server for another one"
+    if key.is_expired(datetime.now(UTC)):
+        return (
+            f"this API key expired on {key.expires_at:%Y-%m-%d %H:%M %Z}; ask whoever runs the server for another one"
+        )
+    return None

@@ -3,10 +3,51 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pingjia.recipe import Section
+
+
+class CacheSettings(Section):
+    """Answers that are kept, where an equal question must get an equal answer: at temperature 0 or with a seed."""
+
+    enabled: bool = True
+    max_mb: float = Field(64.0, gt=0.0, le=1e6, allow_inf_nan=False)
+    """Answers kept; beyond it the ones least recently used go."""
+    max_age_s: float = Field(3600.0, gt=0.0, le=3.2e7, allow_inf_nan=False)
+
+
+class LanguageRule(Section):
+    """What happens to a conversation in one language. Nothing but detecting it when all are None."""
+
+    model: str | None = None
+    """Answers requests that name no model, or the default or base model."""
+    system: str | None = Field(None, min_length=1)
+    """System prompt of conversations without one."""
+    refuse: str | None = Field(None, min_length=1)
+    """The answer, word for word; the model is not asked."""
+
+
+class LanguageSettings(Section):
+    """Language of chat requests. A rule's key is an ISO 639-1 code (zh, en, ja), mixed, und (no letters) or other."""
+
+    detect: bool = False
+    """Tell the language (header X-Language, a metric) also without rules."""
+    rules: dict[str, LanguageRule] = Field({}, max_length=100)
+
+    @field_validator("rules")
+    @classmethod
+    def _keys_are_languages(cls, rules: dict[str, LanguageRule]) -> dict[str, LanguageRule]:
+        for name in rules:
+            if not re.fullmatch("[a-z]{2}|mixed|und|other", name):
+                raise ValueError(f"{name!r} is no language; write a code of two letters, mixed, und or other")
+        return rules
+
+    @property
+    def is_on(self) -> bool:
+        return self.detect or bool(self.rules)
 
 
 class GatewaySettings(Section):
@@ -18,6 +59,8 @@ class GatewaySettings(Section):
     """sha256 of each key in hex, never the key itself (`gateway.hash_key`)."""
     api_keys_env: str = "PINGJIA_API_KEYS"
     """Environment variable with further keys in the clear, separated by commas or spaces."""
+    keys_file: str | None = None
+    """File of keys with limits (`pingjia keys`); read again whenever it changes."""
     served_model_name: str | None = None
     """What the base model is called outside; its own name when None."""
     default_model: str | None = None
@@ -51,3 +94,7 @@ class GatewaySettings(Section):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+    local_limit_share: float = Field(0.5, gt=0.0, le=1.0)
+    """Of each key's limits per minute, what this process allows alone while Redis cannot be reached."""
+    cache: CacheSettings = CacheSettings()
+    language: LanguageSettings = LanguageSettings()
