@@ -11,7 +11,7 @@ import torch
 
 LOW, HIGH = -8, 7
 # Of max|w| / 8. Above 1 the far end is reached at 7 rather than at -8; below it the largest weights are cut off.
-_RATIOS = (1.15, 1.08, 1.0, 0.95, 0.9, 0.85, 0.8, 0.74, 0.68, 0.6)
+_RATIOS = (8 / 7, 1.07, 1.0, 0.95, 0.9, 0.85, 0.8, 0.74, 0.68, 0.6)
 
 
 def group_scale(target_GN: torch.Tensor, importance_G: torch.Tensor | None = None) -> torch.Tensor:
