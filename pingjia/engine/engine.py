@@ -5,6 +5,7 @@ Every accepted request ends exactly once: its last chunk, and only that, has a f
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import itertools
 import logging
@@ -13,7 +14,8 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -25,6 +27,8 @@ from pingjia.chat import Tokenizer, load_tokenizer
 from pingjia.engine import sequence as sequences
 from pingjia.engine.answer import Answer
 from pingjia.engine.backend import choose_backend
+from pingjia.engine.completions import Completions, OnDone
+from pingjia.engine.driver import Box, Driver, News
 from pingjia.engine.grammar import DeadEnd, Grammars
 from pingjia.engine.kv import LayerShape, free_bytes
 from pingjia.engine.limits import Limits, resolve
@@ -36,7 +40,7 @@ from pingjia.engine.scheduler import Scheduler, Seats
 from pingjia.engine.sequence import Slice
 from pingjia.engine.served import AdapterLimits, Base, Served
 from pingjia.engine.settings import EngineSettings
-from pingjia.errors import EngineError, ModelError, PromptTooLong, RequestError
+from pingjia.errors import ModelError, PromptTooLong, RequestError
 from pingjia.models import Family, family_of, load_model, max_model_len, use_packed_attention
 from pingjia.types import Chunk, Completion, EngineStats, ModelCard, Prompt, Request, Sampling, Usage
 
@@ -115,11 +119,12 @@ class Engine:
         self._runner = backend.runner(self._pool, self._served.rows)
         self._seeds = random.Random(settings.seed)  # noqa: S311  not a secret
         self._live: dict[str, _Live] = {}
-        self._boxes: dict[str, deque[tuple[str, Chunk]]] = {}
-        self._outbox: list[tuple[str, Chunk]] = []
+        self._boxes: dict[str, Box] = {}
+        self._outbox: list[News] = []
         self._arrivals = itertools.count()
         self._own_ids = map("embedded-{}".format, itertools.count())  # unlike a generator, safe between threads
         self._lock = threading.RLock()
+        self._driver = Driver(self)
         self._stats = EngineStats(kv_tokens_total=self.limits.kv_cache_tokens)
         self._last_step_at = time.monotonic()
         self.step_tokens: dict[str, int] = {}
@@ -136,7 +141,7 @@ class Engine:
         prompts: Prompts,
         sampling: Sampling | Sequence[Sampling] | None = None,
         *,
-        on_done: Callable[[int, Completion], None] | None = None,
+        on_done: OnDone | None = None,
         adapter: str | Default | None = Default.ADAPTER,
     ) -> list[Completion]:
         """Answer every prompt, in order; `on_done(index, completion)` is called as each one ends.
@@ -147,18 +152,10 @@ class Engine:
         Raises RequestError before anything is computed, EngineError at the end when an answer failed.
         """
         requests = self._requests(prompts, sampling, adapter)
-        place = {request.id: index for index, request in enumerate(requests)}
-        chunks: list[list[Chunk]] = [[] for _ in requests]
-        answers: dict[int, Completion] = {}
+        answers = Completions(requests, on_done)
         for request_id, chunk in self._follow(requests):
-            index = place[request_id]
-            chunks[index].append(chunk)
-            if chunk.finish_reason is not None:
-                answers[index] = _join(chunks[index])
-                if on_done is not None:
-                    on_done(index, answers[index])
-        _raise_failed(chunks)
-        return [answers[index] for index in range(len(requests))]
+            answers.take(request_id, chunk)
+        return answers.all()
 
     def stream(
         self, prompt: Prompt, sampling: Sampling | None = None, *, adapter: str | Default | None = Default.ADAPTER
@@ -168,9 +165,43 @@ class Engine:
         With `n` in the sampling, chunks say by their `index` which answer they belong to, and each has a last one.
         """
         requests = self._requests([prompt], sampling, adapter)
-        place = {request.id: index for index, request in enumerate(requests)}
         for request_id, chunk in self._follow(requests):
-            yield replace(chunk, index=place[request_id]) if len(requests) > 1 else chunk
+            yield _placed(request_id, chunk, requests)
+
+    # ---- answering in an event loop
+
+    async def agenerate(
+        self,
+        prompts: Prompts,
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        on_done: OnDone | None = None,
+        adapter: str | Default | None = Default.ADAPTER,
+    ) -> list[Completion]:
+        """`generate` for an event loop: the same promises; cancelling the task cancels the requests.
+
+        Any number of tasks, loops and threads may ask at a time; one thread computes for all of them.
+        """
+        requests = await self._prepared(self._requests(prompts, sampling, adapter))
+        answers = Completions(requests, on_done)
+        async with aclosing(self._driver.follow(requests)) as news:
+            async for request_id, chunk in news:
+                answers.take(request_id, chunk)
+        return answers.all()
+
+    async def astream(
+        self, prompt: Prompt, sampling: Sampling | None = None, *, adapter: str | Default | None = Default.ADAPTER
+    ) -> AsyncGenerator[Chunk, None]:
+        """`stream` for an event loop. Closing it (`contextlib.aclosing`) cancels before the next step."""
+        requests = await self._prepared(self._requests([prompt], sampling, adapter))
+        async with aclosing(self._driver.follow(requests)) as news:
+            async for request_id, chunk in news:
+                yield _placed(request_id, chunk, requests)
+
+    async def _prepared(self, requests: list[Request]) -> list[Request]:
+        if any(request.sampling.grammar for request in requests):
+            await asyncio.to_thread(self.prepare, *(request.sampling for request in requests))
+        return requests
 
     def _requests(
         self, prompts: Prompts, sampling: Sampling | Sequence[Sampling] | None, adapter: str | Default | None
@@ -178,39 +209,57 @@ class Engine:
         name = self.default_adapter if isinstance(adapter, Default) else adapter
         return as_requests(prompts, sampling, name, self.tokenizer, self._own_ids)
 
-    def _follow(self, requests: list[Request]) -> Iterator[tuple[str, Chunk]]:
+    def _follow(self, requests: list[Request]) -> Iterator[News]:
         """Add the requests, step until all have ended, yield their chunks on the way. Leaves none behind."""
-        box: deque[tuple[str, Chunk]] = deque()
+        self.prepare(*(request.sampling for request in requests))
+        box: Box = deque()
         unfinished = {request.id for request in requests}
         try:
-            for request in requests:
-                self._boxes[request.id] = box
-                self.add(request)
+            self.enter(requests, box)
             while unfinished:
-                with self._lock:  # another thread's step may already have brought something
-                    if not box:
-                        self._route(self._step())
-                while box:
-                    request_id, chunk = box.popleft()
+                for request_id, chunk in self.advance(box):
                     if chunk.finish_reason is not None:
                         unfinished.discard(request_id)
                     yield request_id, chunk
         finally:
-            with self._lock:
-                for request in requests:
-                    self._boxes.pop(request.id, None)
-                    if request.id in unfinished and request.id in self._live:
-                        self._drop(self._live[request.id])
+            self.leave(requests)
+
+    def enter(self, requests: Sequence[Request], box: Box) -> None:
+        """Accept all requests, or none and raise as `add` does; what comes for them goes to `box`."""
+        with self._lock:
+            for number, request in enumerate(requests):
+                try:
+                    self.add(request)
+                except Exception:
+                    self.leave(requests[:number])
+                    raise
+                self._boxes[request.id] = box
+
+    def advance(self, box: Box) -> list[News]:
+        """What is new for the box, after a step if another thread's has brought nothing."""
+        with self._lock:
+            if not box:
+                self._route(self._step())
+            news = list(box)
+            box.clear()
+            return news
+
+    def leave(self, requests: Sequence[Request]) -> None:
+        """Forget the requests; those that have not ended are cancelled."""
+        with self._lock:
+            for request in requests:
+                if self._boxes.pop(request.id, None) is not None and request.id in self._live:
+                    self._drop(self._live[request.id])
 
     # ---- requests, one by one
 
-    def prepare(self, sampling: Sampling) -> None:
-        """Compile what `add` will need (a grammar), without waiting for the step in progress.
+    def prepare(self, *samplings: Sampling) -> None:
+        """Compile what `add` will need (grammars), without waiting for the step in progress.
 
         May be left out: then `add` does it, and the steps wait. Raises RequestError.
         """
-        if sampling.grammar is not None:
-            self._grammars.matcher(sampling.grammar)
+        for grammar in {sampling.grammar for sampling in samplings if sampling.grammar}:
+            self._grammars.matcher(grammar)
 
     def add(self, request: Request) -> None:
         """Accept a request; it joins at the next step.
@@ -484,18 +533,8 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _join(chunks: list[Chunk]) -> Completion:
-    last = chunks[-1]
-    return Completion(
-        text="".join(chunk.text for chunk in chunks),
-        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-        finish_reason=last.finish_reason or "error",
-        usage=last.usage or Usage(),
-        logprobs=tuple(entry for chunk in chunks for entry in chunk.logprobs),
-    )
-
-
-def _raise_failed(chunks: list[list[Chunk]]) -> None:
-    errors = [answer[-1].error for answer in chunks if answer[-1].finish_reason == "error"]
-    if errors:
-        raise EngineError(f"{len(errors)} of {len(chunks)} answers failed, the first because {errors[0]}")
+def _placed(request_id: str, chunk: Chunk, requests: Sequence[Request]) -> Chunk:
+    """The chunk with its place among the answers to one prompt."""
+    if len(requests) == 1:
+        return chunk
+    return replace(chunk, index=[request.id for request in requests].index(request_id))
