@@ -1,10 +1,10 @@
-"""`pingjia eval RECIPE`: the recipe's questions, answered by the base model and by its tuned adapter."""
+"""`pingjia eval RECIPE`: the recipe's questions, answered by the base model and by the tuned one."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +16,7 @@ from pingjia.cli.train import Overrides, RecipePath
 from pingjia.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
+    from pingjia import Engine
     from pingjia.evaluate import Comparison, EvalReport, EvalSettings
     from pingjia.models import Encoder
     from pingjia.types import Example, Generator
@@ -36,7 +37,7 @@ def evaluate(
     model: Annotated[str | None, typer.Option("--model", help="With --endpoint: the model's name there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Compare base and adapter on held-out questions; or score an endpoint on them."""
+    """Compare the base and the tuned model on held-out questions; or score an endpoint on them."""
     loaded = load_recipe(recipe, overrides or [])
     if endpoint is None:
         comparison = compare_recipe(loaded)
@@ -50,8 +51,7 @@ def evaluate(
 
 
 def compare_recipe(recipe: Recipe) -> Comparison:
-    """Before and after on one engine: the base, then the adapter beside it. Saves reports and pages."""
-    from pingjia import Engine
+    """Before and after: the base, then what was tuned. Saves reports and pages."""
     from pingjia.evaluate import compare, save_comparison
     from pingjia.ledger import Ledger
     from pingjia.meter import Meter
@@ -61,28 +61,42 @@ def compare_recipe(recipe: Recipe) -> Comparison:
     ledger, run = Ledger(ledger_path(recipe)), Path(recipe.tune.output_dir).name
     folder = report_dir(recipe)
     reports: list[EvalReport] = []
-    with Meter() as loading:
-        model = recipe.model
-        engine = Engine(
-            model.model_name_or_path,
-            adapter=recipe.tune.output_dir,
-            settings=recipe.engine,
-            bits=model.quantization_bit,
-            dtype=model.dtype,
-            device=model.device,
-        )
-    loading_s = loading.seconds
-    for name, adapter in (("before", None), ("after", engine.models()[-1].id)):
+    sides = _sides(recipe)
+    for name in ("before", "after"):
         with Meter() as meter:
-            report = _ask(questions, _On(engine, adapter), settings, f"{name:<6}", encoder)
+            report = _ask(questions, next(sides), settings, f"{name:<6}", encoder)
         report.save(folder / f"{name}.json")
-        fact = report.fact(f"eval.{name}", run=run)
-        ledger.append(_with_time(fact, meter.seconds + loading_s, meter.peak_bytes))
-        loading_s = 0.0
+        ledger.append(_with_time(report.fact(f"eval.{name}", run=run), meter.seconds, meter.peak_bytes))
         reports.append(report)
     comparison = compare(*reports)
     save_comparison(comparison, folder)
     return comparison
+
+
+def _sides(recipe: Recipe) -> Iterator[_On]:
+    """The base, then the tuned one: an adapter beside it on the same engine, or a model that takes its place."""
+    output_dir = recipe.tune.output_dir
+    if recipe.tune.finetuning_type == "lora":
+        engine = _engine(recipe, recipe.model.model_name_or_path, adapter=output_dir)
+        yield _On(engine, None)
+        yield _On(engine, engine.models()[-1].id)
+        return
+    yield _On(_engine(recipe, recipe.model.model_name_or_path), None)
+    yield _On(_engine(recipe, output_dir), None)
+
+
+def _engine(recipe: Recipe, model: str, adapter: str | None = None) -> Engine:
+    from pingjia import Engine
+
+    numbers = recipe.model
+    return Engine(
+        model,
+        adapter=adapter,
+        settings=recipe.engine,
+        bits=numbers.quantization_bit,
+        dtype=numbers.dtype,
+        device=numbers.device,
+    )
 
 
 def print_comparison(comparison: Comparison, folder: Path) -> None:

@@ -32,7 +32,7 @@ CHECK_ROOMS = ("chat", "data")
 TRAIN_ROOMS = ("chat", "data", "models", "tune")
 EVAL_ROOMS = ("chat", "models", "engine", "evaluate")
 START_TIMEOUT_S = 300.0
-ADAPTER_NAME = "tuned"
+TUNED_NAME = "tuned"
 OWN_DATA = ("dataset", "eval_dataset", "eval.questions", "output_dir", "max_steps")
 
 
@@ -108,7 +108,7 @@ class Road:
         self._stages.finish("check", inputs, {"num_examples": report.num_examples})
 
     def _train(self) -> bool:
-        """True when the adapter is finished. One that other code, data or settings made is trained anew."""
+        """True when the run is finished. What other code, data or settings made is trained anew."""
         from pingjia import data
 
         recipe = self._recipe
@@ -116,9 +116,7 @@ class Road:
         parts = [files, recipe.data.model_dump(), recipe.model.model_dump(), recipe.tune.model_dump()]
         inputs = digest(TRAIN_ROOMS, *parts)
         if (done := self._stages.result("train", inputs)) is not None and (self._output_dir / "pingjia.json").is_file():
-            console.print(
-                f"  unchanged since the last run: adapter with loss {done['last_loss']:.3f}; not trained again"
-            )
+            console.print(f"  unchanged since the last run: tuned to loss {done['last_loss']:.3f}; not trained again")
             return True
         self._start_over_if_stale(inputs)
         # Not before: a run killed while it loads has not made room for itself yet, and must start over again.
@@ -141,10 +139,10 @@ class Road:
 
         recipe, folder = self._recipe, eval_verb.report_dir(self._recipe)
         assert recipe.eval is not None
-        adapter = self._output_dir / "adapter_model.safetensors"
+        weights = "adapter_model.safetensors" if self._is_adapter else "pingjia.json"  # which names the run
         inputs = digest(
             EVAL_ROOMS,
-            data.fingerprint([*recipe.eval.questions, adapter]),
+            data.fingerprint([*recipe.eval.questions, self._output_dir / weights]),
             recipe.eval.model_dump(),
             recipe.model.model_dump(),
         )
@@ -165,7 +163,7 @@ class Road:
     def _serve_and_ask(self) -> None:
         with self._server() as url:
             for question in self._recipe.ask.questions:
-                _ask(url, question, self._recipe.ask.max_tokens)
+                _ask(url, self._name, question, self._recipe.ask.max_tokens)
         console.print("  server stopped")
 
     @contextmanager
@@ -185,8 +183,8 @@ class Road:
 
     def _serve_command(self) -> list[str]:
         model, serve = self._recipe.model, self._recipe.serve
-        command = [sys.executable, "-m", "pingjia.cli.main", "serve", model.model_name_or_path]
-        command += ["--adapter", f"{ADAPTER_NAME}={self._output_dir}", "--host", serve.host, "--port", str(serve.port)]
+        command = [sys.executable, "-m", "pingjia.cli.main", "serve", *self._served("--served-model-name", self._name)]
+        command += ["--host", serve.host, "--port", str(serve.port)]
         command += ["--dtype", model.dtype, "--device", model.device, "--ledger", str(ledger_path(self._recipe))]
         if model.quantization_bit is not None:
             command += ["--bits", str(model.quantization_bit)]
@@ -196,6 +194,21 @@ class Road:
                 command += ["--set", f"{name}.{key}={json.dumps(value)}"]
         return command
 
+    @property
+    def _is_adapter(self) -> bool:
+        return self._recipe.tune.finetuning_type == "lora"
+
+    @property
+    def _name(self) -> str:
+        """What the tuned model is called where it is served; a model of its own is called what the recipe says."""
+        return TUNED_NAME if self._is_adapter else self._recipe.serve.served_model_name or TUNED_NAME
+
+    def _served(self, *name: str) -> list[str]:
+        """What stands for the tuned model behind `pingjia serve`. `name`: how a model of its own is given a name."""
+        if self._is_adapter:
+            return [self._recipe.model.model_name_or_path, "--adapter", f"{self._name}={self._output_dir}"]
+        return [str(self._output_dir), *name]
+
     def _print_next(self, seconds: float) -> None:
         base, out = self._recipe.model.model_name_or_path, self._output_dir
         mine = "dataset=MINE.jsonl eval_dataset=HELDOUT.jsonl eval.questions=HELDOUT.jsonl output_dir=runs/mine"
@@ -203,8 +216,8 @@ class Road:
         console.rule(f"done in {duration(seconds)}")
         console.print("next:")
         for command, why in (
-            (f"pingjia chat {base} --adapter {out}", "talk to it"),
-            (f"pingjia serve {base} --adapter {ADAPTER_NAME}={out} --port 8000", "serve it to your programs"),
+            (f"pingjia chat {base} --adapter {out}" if self._is_adapter else f"pingjia chat {out}", "talk to it"),
+            (f"{shlex.join(['pingjia', 'serve', *self._served()])} --port 8000", "serve it to your programs"),
             (f"{again} {mine}", "tune it on your own data"),
         ):
             console.print(f"  {command:<60}  # {why}", markup=False)
@@ -235,7 +248,7 @@ def _stop(process: subprocess.Popen[Any]) -> int:
         return process.wait()
 
 
-def _ask(url: str, question: str, max_tokens: int) -> None:
+def _ask(url: str, model: str, question: str, max_tokens: int) -> None:
     """One question through the official client, streaming."""
     import openai
 
@@ -246,7 +259,7 @@ def _ask(url: str, question: str, max_tokens: int) -> None:
     started, first, count = time.perf_counter(), None, 0
     console.print("    ", end="")
     stream = client.chat.completions.create(
-        model=ADAPTER_NAME,
+        model=model,
         messages=[{"role": "user", "content": question}],
         max_tokens=max_tokens,
         temperature=0,

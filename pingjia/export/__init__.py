@@ -2,15 +2,18 @@
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["ExportReport", "merge_adapter"]
+__all__ = ["ExportReport", "export_model", "merge_adapter"]
 
 if TYPE_CHECKING:
+    from pingjia.export.copy import export_model
     from pingjia.export.merge import ExportReport, merge_adapter
+
+_HOMES = {"ExportReport": "merge", "export_model": "copy", "merge_adapter": "merge"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module 'pingjia.export' has no attribute {name!r}")
-    from pingjia.export import merge
+    from importlib import import_module
 
-    return getattr(merge, name)
+    return getattr(import_module(f"pingjia.export.{_HOMES[name]}"), name)

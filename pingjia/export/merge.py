@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from pingjia.errors import ModelError
 from pingjia.models import added_tokens, base_fingerprint, load_model
-from pingjia.models.loader import quiet
 from pingjia.tune.checkpoint import ADAPTER_FILE, new_directory, write_bytes
+from pingjia.tune.directory import save_network
 from pingjia.tune.guards import require_nonzero_adapter
 from pingjia.tune.run import read_about
 
@@ -35,7 +35,7 @@ class ExportReport:
     """Logits are compared over whole prompts; differences are absolute, in logit units."""
 
     base: str
-    adapter: str
+    adapter: str  # or the model that was trained itself
     num_merged_modules: int
     num_prompts: int
     max_logit_diff: float
@@ -62,30 +62,31 @@ def merge_adapter(
     about = read_about(adapter_dir)
     if about is None:
         raise ModelError(f"{adapter_dir}: no finished adapter here (no pingjia.json)")
+    if about.get("finetuning_type", "lora") != "lora":
+        raise ModelError(f"{adapter_dir} is a model of its own, not an adapter; there is nothing to merge")
     base = base or about["base"]["name"]
     model = load_model(base, dtype=dtype)
     prompts = [*(chat["ids"] for chat in about["chat"]["golden"]), *_new_token_prompts(model)]
     _require_same_base(model, about["base"]["fingerprint"], base)
     tensors = _read_adapter(adapter_dir)
     require_nonzero_adapter(tensors)
-    plain = _logits(model, prompts)
+    plain = logits_of(model, prompts)
     adapted = PeftModel.from_pretrained(model, adapter_dir)
     _require_all_used(adapted, tensors)
-    wanted = _logits(adapted, prompts)
+    wanted = logits_of(adapted, prompts)
     merged = adapted.merge_and_unload()
     with new_directory(out) as folder:
-        with quiet():
-            merged.save_pretrained(folder)
+        save_network(folder, merged)
         save_tokenizer(folder)
-        got = _logits(load_model(folder, dtype=dtype), prompts)
+        got = logits_of(load_model(folder, dtype=dtype), prompts)
         report = ExportReport(
             base=str(base),
             adapter=str(adapter_dir),
             num_merged_modules=sum("lora_A" in name for name in tensors),
             num_prompts=len(prompts),
-            max_logit_diff=_max_diff(got, wanted),
+            max_logit_diff=max_diff(got, wanted),
             tolerance=TOLERANCE[merged.dtype],
-            max_change_from_base=_max_diff(got, plain),
+            max_change_from_base=max_diff(got, plain),
             stored_bytes=sum(p.stat().st_size for p in folder.iterdir()),
         )
         _require_proof(report)
@@ -134,10 +135,12 @@ def _require_proof(report: ExportReport) -> None:
 
 
 @torch.inference_mode()
-def _logits(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+def logits_of(model: torch.nn.Module, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """[T, V] in float32 of each prompt."""
     device = next(model.parameters()).device
     return [model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float() for ids in prompts]
 
 
-def _max_diff(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> float:
+def max_diff(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> float:
+    """The largest absolute difference between logits of the same prompts."""
     return max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))

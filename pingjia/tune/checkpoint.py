@@ -278,6 +278,19 @@ def new_directory(target: Path, num_bytes: int = 0) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def require_room(output_dir: Path, num_bytes: int) -> None:
+    """Refuse a run whose files will not fit, before it begins. What it has written already counts as there."""
+    folders = (*output_dir.glob("checkpoint-*"), *output_dir.glob("best-*"))
+    there = sum(file.stat().st_size for folder in folders for file in folder.iterdir())
+    free = shutil.disk_usage(output_dir).free
+    if num_bytes - there > free:
+        raise StorageError(
+            f"{output_dir}: the checkpoints and the model of this run take up to {num_bytes / 1e9:.1f} GB, and "
+            f"{(free + there) / 1e9:.1f} GB are there for them; make room, lower save_total_limit, or choose another "
+            "output_dir"
+        )
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     with open(path, "wb") as file:
         file.write(data)

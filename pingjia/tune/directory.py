@@ -5,6 +5,8 @@ Nothing appears in the output_dir unless the files, loaded again, are what was t
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from pingjia import chat
 from pingjia.errors import TrainingError
 from pingjia.models import load_model, use_packed_attention
 from pingjia.models.family import Family
+from pingjia.models.fingerprint import TUNED
 from pingjia.models.loader import quiet
 from pingjia.tune.checkpoint import move_up, new_directory, refused, write_about
 from pingjia.tune.step import build_batch
@@ -91,17 +94,22 @@ def save_directory(
     in a directory of their own before they get their final place, pingjia.json last.
     """
     folder = output_dir / ".model"
+    setattr(model.config, TUNED, about["run_fingerprint"])
     with new_directory(folder, sum(p.nbytes for p in model.parameters())) as partial:
-        _write(partial, model)
+        save_network(partial, model)
         tokenizer.save(partial)
         files = sorted(path.name for path in partial.iterdir())
         write_about(partial, {**about, "proof": check(partial), "files": files})
     return move_up(folder, output_dir)
 
 
-def _write(folder: Path, model: PreTrainedModel) -> None:
+def save_network(folder: Path, model: PreTrainedModel) -> None:
+    """Weights and config, as any transformers tool reads them. OSError when the disk refuses.
+
+    On the way there accelerate loads DeepSpeed, where that is installed, which greets on stdout.
+    """
     try:
-        with quiet():
+        with quiet(), contextlib.redirect_stdout(io.StringIO()):
             model.save_pretrained(folder, max_shard_size=_SHARD)
     except safetensors.SafetensorError as e:
         raise refused(e, folder) from None

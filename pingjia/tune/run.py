@@ -32,6 +32,7 @@ from pingjia.tune.checkpoint import (
     ABOUT_FILE,
     LOG_FILE,
     checkpoints,
+    require_room,
     result_files,
     run_fingerprint,
     save_adapter,
@@ -41,6 +42,7 @@ from pingjia.tune.checkpoint import (
 from pingjia.tune.directory import Proof, save_directory
 from pingjia.tune.distributed import Alone, Holding, joined, local_rank
 from pingjia.tune.forecast import forecast
+from pingjia.tune.fused import fuse
 from pingjia.tune.gate import Examine
 from pingjia.tune.groups import RateGroup
 from pingjia.tune.guards import require_learnt
@@ -171,6 +173,8 @@ def train(
         job.run.on_saved = account.note
         plan = plan_of(job.run, job.targets, inputs.dropped)
         if ranks.is_first:
+            if not inputs.is_adapter:
+                require_room(output_dir, _disk_bytes(job.run))
             job.run.on_shared_out = hooks.on_shared_out
             if settings.resume_from_checkpoint is False:
                 set_aside(output_dir)
@@ -304,6 +308,8 @@ def build(inputs: Inputs, ranks: Alone, hooks: Hooks) -> Built:
     use_packed_attention(inputs.model)
     proof = None if inputs.is_adapter else Proof(inputs.model, family, [golden["ids"] for golden in inputs.golden])
     model = course.adapt(inputs.model, targets) if inputs.is_adapter else open_weights(inputs.model, targets)
+    if settings.distributed.strategy != "zero3":  # DeepSpeed gathers a linear's weights when that linear is called
+        fuse(model)
     first = first_matrices(model) if inputs.is_adapter else {}
     terms = course.terms(model, family, output_dir, inputs.fingerprint)
     finish = None if course.is_plain else Finish(course, model, family, inputs.rows, first)
@@ -508,6 +514,13 @@ def result_so_far(settings: TuneSettings, *, finished: bool) -> TrainResult:
         learnt_tokens=sum(log.num_learnt for log in logs),
         peak_bytes=max((log.peak_bytes for log in logs), default=0),
     )
+
+
+def _disk_bytes(run: Run) -> int:
+    """What a run that keeps weights of the network writes at most: a checkpoint is whole before an old one goes."""
+    kept = (run.settings.save_total_limit + 1) * run.trained.checkpoint_bytes
+    best = (run.settings.save_total_limit + 2) * run.trained.weight_bytes if run.wants_best else 0
+    return kept + best + sum(p.numel() * p.element_size() for p in run.model.parameters())
 
 
 def read_about(output_dir: Path) -> Mapping[str, Any] | None:

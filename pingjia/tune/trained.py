@@ -82,7 +82,7 @@ class NetworkWeights(Trained):
     Made while all that the run trains is open. Written without a copy in memory: they may be most of it.
     """
 
-    file, what = WEIGHTS_FILE, "weights"
+    file, what = WEIGHTS_FILE, "weight"
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self._names = model, trainable_names(model)

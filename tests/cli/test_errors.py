@@ -231,7 +231,7 @@ def test_serving_what_is_not_there(pingjia: Pingjia, tiny_llama: Path, tmp_path:
 
 def test_no_ledger_and_no_adapter(pingjia: Pingjia, tmp_path: Path) -> None:
     refused(pingjia("cost", "report", tmp_path), "ledger.jsonl: no ledger here")
-    refused(pingjia("export", tmp_path, "--out", tmp_path / "merged"), "no finished adapter here")
+    refused(pingjia("export", tmp_path, "--out", tmp_path / "merged"), "no finished run here")
     assert not (tmp_path / "merged").exists()
 
 

@@ -212,7 +212,7 @@ def test_one_weight_that_differs_is_noticed(
 def test_a_merge_that_did_nothing_is_noticed(
     merge: Callable[..., ExportReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_max_diff", lambda left, right: 0.0)
+    monkeypatch.setattr(module, "max_diff", lambda left, right: 0.0)
     with pytest.raises(ModelError, match="equals its base: the adapter was not merged"):
         merge()
     assert nothing_left(tmp_path)

@@ -103,11 +103,18 @@ def over_fitting(contradiction: Path) -> dict[str, Any]:
     return {"data": data, "learning_rate": 0.03, "num_train_epochs": 12, "lora_dropout": 0.0}
 
 
+def for_type(changed: dict[str, Any]) -> dict[str, Any]:
+    """The room's settings, without those of an adapter where there is none."""
+    is_adapter = changed.get("finetuning_type", "lora") == "lora"
+    return {key: value for key, value in SETTINGS.items() if is_adapter or not key.startswith("lora_")}
+
+
 @pytest.fixture
 def tune(tmp_path: Path, tiny_llama: Path, rows_file: Path) -> Train:
     """tune(hooks, model, quantization_bit, dtype, dataset, data={...}, **TuneSettings): train into tmp_path / "out".
 
-    quantization: keys of ModelSettings about packing, beside quantization_bit.
+    quantization: keys of ModelSettings about packing, beside quantization_bit. With a finetuning_type that has no
+    adapter the room's lora_* keys are left out.
     """
 
     def run(
@@ -122,7 +129,7 @@ def tune(tmp_path: Path, tiny_llama: Path, rows_file: Path) -> Train:
         quantization: dict[str, Any] | None = None,
         **changed: Any,
     ) -> TrainResult:
-        settings = {"output_dir": str(tmp_path / "out"), **SETTINGS, **changed}
+        settings = {"output_dir": str(tmp_path / "out"), **for_type(changed), **changed}
         return train(
             ModelSettings(
                 model_name_or_path=str(model),
