@@ -30,7 +30,7 @@ class CNorm(ctypes.Structure):
 
 
 class CLora(ctypes.Structure):
-    _fields_ = (("adapter", c_int64), ("rank", c_int64), ("a", c_void_p), ("b", c_void_p))
+    _fields_ = (("adapter", c_int64), ("rank", c_int64), ("a", c_void_p), ("b", c_void_p), ("factor", c_double))
 
 
 class CLinear(ctypes.Structure):

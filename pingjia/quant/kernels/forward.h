@@ -24,12 +24,13 @@ struct Norm {
   double eps;
 };
 
-// One adapter's delta on one linear: y += x A^T B^T, B already scaled. a [R, M], b [R, N] (B transposed).
+// One adapter's delta on one linear: y += factor * x a^T b. In half precision, brought to about 1 by the factor.
 struct Lora {
   int64_t adapter;  // the number a Piece names it by
   int64_t rank;
-  const float* a;
-  const float* b;
+  const uint16_t* a;  // [R, M]
+  const uint16_t* b;  // [R, N]
+  double factor;
 };
 
 // One linear: a packed matrix and the adapters on it.

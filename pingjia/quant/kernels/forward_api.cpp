@@ -10,7 +10,7 @@ using namespace pingjia;
 // Python has a twin of each of these; should the compiler lay one out otherwise, nothing may start.
 static_assert(sizeof(Matrix) == 64 && offsetof(Matrix, n) == 8 && offsetof(Matrix, tiles) == 32 &&
               offsetof(Matrix, scale_bits) == 48 && offsetof(Matrix, bias) == 56, "fused_abi.py: CMatrix");
-static_assert(sizeof(Norm) == 24 && sizeof(Lora) == 32 && sizeof(Linear) == 24 && sizeof(LinearGroup) == 16, "fused_abi.py");
+static_assert(sizeof(Norm) == 24 && sizeof(Lora) == 40 && sizeof(Linear) == 24 && sizeof(LinearGroup) == 16, "fused_abi.py");
 static_assert(sizeof(Piece) == 48 && sizeof(Step) == 96, "fused_abi.py");
 
 namespace {

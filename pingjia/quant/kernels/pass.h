@@ -20,6 +20,16 @@ struct BlockKeys {
   int64_t stride;  // floats between two rows of scores
 };
 
+// The rows of a step that belong to one adapter.
+struct LoraRows {
+  const int32_t* rows;
+  int64_t count;
+  const float* x;
+  int64_t x_stride;
+  float* y;
+  int64_t y_stride;
+};
+
 struct PassOps {
   // One block of keys for `rows` query rows: o [rows, D], maximum [rows], sum [rows] are overwritten, s is scratch.
   void (*attend)(int64_t kind, const BlockKeys& block, const float* q, const int64_t* visible, int64_t rows, int64_t d,
@@ -36,7 +46,9 @@ struct PassOps {
   void (*rotate_pairs)(float*, const float*, const float*, int64_t);
   float (*largest)(const float*, int64_t);
   void (*judge_row)(const float*, int64_t, int32_t*, int32_t*);
-  void (*add_outer)(const float*, const float*, int64_t, int64_t, float*, int64_t);
+  void (*lora_down)(const LoraRows&, const uint16_t* a, int64_t width, float factor, int64_t first, int64_t last,
+                    float* u, int64_t rank);
+  void (*lora_up)(const LoraRows&, const uint16_t* b, int64_t b_stride, const float* u, int64_t rank, int64_t n);
   void (*to_half)(const float*, uint16_t*, int64_t);
   void (*dots_float)(const float*, const float*, int64_t, int64_t, float*, int64_t);
   void (*dots_half)(const uint16_t*, const float*, int64_t, int64_t, float*, int64_t);

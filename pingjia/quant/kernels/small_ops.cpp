@@ -204,7 +204,17 @@ void each_unit(std::vector<Job>& jobs, int64_t (*units)(const Job&), int64_t wor
   });
 }
 
-constexpr int64_t kLoraColumns = 128;
+constexpr int64_t kRanks = 4;  // of a unit
+constexpr int64_t kLoraColumns = 64;
+
+int64_t down_units(const Job& job) { return (job.lora->rank + kRanks - 1) / kRanks; }
+int64_t up_units(const Job& job) { return (job.n + kLoraColumns - 1) / kLoraColumns; }
+
+int64_t most_rows(const std::vector<Job>& jobs) {
+  int64_t most = 0;
+  for (const Job& job : jobs) most = std::max(most, static_cast<int64_t>(job.rows->size()));
+  return most;
+}
 
 }  // namespace
 
@@ -217,17 +227,18 @@ void add_loras(const LinearGroup& group, const Plan& plan, bool last, const floa
   if (jobs.empty()) return;
   if (static_cast<int64_t>(buffer.size()) < u_size) buffer.resize(u_size);
   float* u = buffer.data();
-  const int64_t width = group.linears->matrix->m;
-  each_unit(jobs, [](const Job& job) { return job.lora->rank; }, width, [&](const Job& job, int64_t r) {
-    for (size_t i = 0; i < job.rows->size(); ++i)
-      u[job.u_at + i * job.lora->rank + r] = pass_ops().dot(x + (*job.rows)[i] * x_stride, job.lora->a + r * width, width);
+  const int64_t width = group.linears->matrix->m, rows = most_rows(jobs);
+  const auto call = [&](const Job& job, int64_t at) {
+    return LoraRows{job.rows->data(), static_cast<int64_t>(job.rows->size()), x, x_stride, y + job.y_at + at, y_stride};
+  };
+  each_unit(jobs, down_units, rows * kRanks * width / 2, [&](const Job& job, int64_t unit) {
+    const Lora& lora = *job.lora;
+    const int64_t first = unit * kRanks, end = std::min(first + kRanks, lora.rank);
+    pass_ops().lora_down(call(job, 0), lora.a, width, static_cast<float>(lora.factor), first, end, u + job.u_at, lora.rank);
   });
-  const auto pieces = [](const Job& job) { return (job.n + kLoraColumns - 1) / kLoraColumns; };
-  each_unit(jobs, pieces, 16 * kLoraColumns, [&](const Job& job, int64_t piece) {
-    const int64_t from = piece * kLoraColumns, count = std::min(kLoraColumns, job.n - from);
-    for (size_t i = 0; i < job.rows->size(); ++i)
-      pass_ops().add_outer(u + job.u_at + i * job.lora->rank, job.lora->b + from, job.lora->rank, job.n,
-                      y + (*job.rows)[i] * y_stride + job.y_at + from, count);
+  each_unit(jobs, up_units, rows * kLoraColumns * 8, [&](const Job& job, int64_t unit) {
+    const int64_t from = unit * kLoraColumns, count = std::min(kLoraColumns, job.n - from);
+    pass_ops().lora_up(call(job, from), job.lora->b + from, job.n, u + job.u_at, job.lora->rank, count);
   });
 }
 

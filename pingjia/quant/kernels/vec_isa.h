@@ -1,7 +1,12 @@
 // Sixteen floats at a time, in GCC's and Clang's own vector types. A file pass_NAME.cpp includes it in
 // its unnamed namespace: nothing here is shared between files compiled with different flags.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // about passing such vectors between files, which nothing does
+#endif
 
 typedef float F16 __attribute__((vector_size(64)));
+typedef float F8 __attribute__((vector_size(32)));
+typedef float F4 __attribute__((vector_size(16)));
 typedef int32_t I16 __attribute__((vector_size(64)));
 typedef int8_t B16 __attribute__((vector_size(16)));
 typedef uint16_t H16 __attribute__((vector_size(32)));
@@ -76,19 +81,24 @@ static inline F16 vmax(F16 a, F16 b) { return a > b ? a : b; }
 
 // Fixed order, so that a row gives the same bits wherever it is computed.
 static inline float hsum(F16 v) {
-  float a[16];
-  __builtin_memcpy(a, &v, sizeof a);
-  for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; ++i) a[i] += a[i + half];
-  return a[0];
+  F8 half[2];
+  __builtin_memcpy(half, &v, sizeof v);
+  const F8 eight = half[0] + half[1];
+  F4 quarter[2];
+  __builtin_memcpy(quarter, &eight, sizeof eight);
+  const F4 four = quarter[0] + quarter[1];
+  return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 static inline float hmax(F16 v) {
-  float a[16];
-  __builtin_memcpy(a, &v, sizeof a);
-  for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; ++i) a[i] = a[i] > a[i + half] ? a[i] : a[i + half];
-  return a[0];
+  F8 half[2];
+  __builtin_memcpy(half, &v, sizeof v);
+  const F8 eight = half[0] > half[1] ? half[0] : half[1];
+  F4 quarter[2];
+  __builtin_memcpy(quarter, &eight, sizeof eight);
+  const F4 four = quarter[0] > quarter[1] ? quarter[0] : quarter[1];
+  const float a = four[0] > four[2] ? four[0] : four[2], b = four[1] > four[3] ? four[1] : four[3];
+  return a > b ? a : b;
 }
 
 // e^x to 2 units in the last place for x in [-87, 88]; clamped outside, not-a-number stays one.
