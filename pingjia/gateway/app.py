@@ -22,28 +22,35 @@ from pingjia.gateway.access_log import AccessLog
 from pingjia.gateway.auth import Auth, KeyRing, load_keys
 from pingjia.gateway.body_limit import BodyLimit
 from pingjia.gateway.request_id import RequestId
+from pingjia.gateway.roads import Roads, limits_of
 from pingjia.gateway.service import Service
 from pingjia.gateway.settings import GatewaySettings
 from pingjia.ledger import Ledger
+from pingjia.queue.opening import open_queue
 from pingjia.types import Backend
 
 
 def create_app(
-    backend: Backend,
+    backend: Backend | None,
     tokenizer: Tokenizer,
     settings: GatewaySettings,
     *,
+    seats: int | None = None,
     ledger: Ledger | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
-    """The HTTP API over `backend`, which is started and stopped by whoever made it.
+    """The HTTP API over `backend`, which is started and stopped by whoever made it; None: workers behind the queue.
 
+    `seats`: answers the backend computes at once, `max_concurrent` when not said; so many are claimed from the queue.
     `clock` (seconds) is what durations are measured with. Raises UserError for settings that cannot be obeyed: keys
     that are required and absent, a default model that is not served.
     """
     keys = load_keys(settings)
-    service = Service(backend, tokenizer, settings, ledger=ledger, clock=clock)
-    _check_default(service)
+    queue = open_queue(settings.redis_url, limits_of(settings))
+    roads = Roads(backend, queue, settings, seats=seats or settings.max_concurrent, clock=clock)
+    service = Service(roads, tokenizer, settings, ledger=ledger, clock=clock)
+    if backend is not None:
+        _check_default(service)
     app = FastAPI(
         title="pingjia",
         version=__version__,
@@ -90,8 +97,11 @@ def _middleware(service: Service, keys: KeyRing) -> list[Middleware]:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    service: Service = app.state.service
+    await service.roads.start()
     yield
-    app.state.service.close()
+    await service.roads.stop()
+    service.close()
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pingjia.errors import EngineError, ModelNotFound, Overloaded, PingjiaError, RequestError
+from pingjia.queue.policy import ShareExceeded
+from pingjia.queue.protocol import QueueLost
 
 log = logging.getLogger("pingjia.gateway")
 
@@ -41,6 +43,19 @@ class BodyTooSlow(PingjiaError):
 
 class WrongContentType(PingjiaError):
     """HTTP 415."""
+
+
+class RateLimited(PingjiaError):
+    """The key has used up one of its limits. HTTP 429. kind: requests, tokens or concurrency; no time: never."""
+
+    def __init__(self, message: str, *, kind: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.retry_after_s = retry_after_s
+
+
+class QuotaExceeded(PingjiaError):
+    """The key's budget of this month is spent. HTTP 429, and asking again does not help."""
 
 
 class NotReady(PingjiaError):
@@ -76,15 +91,19 @@ _PLAIN: dict[type[Exception], tuple[int, str, str]] = {
     BodyTooLarge: (413, "invalid_request_error", "body_too_large"),
     WrongContentType: (415, "invalid_request_error", "unsupported_media_type"),
     EngineError: (500, "server_error", "engine_error"),
+    QuotaExceeded: (429, "insufficient_quota", "insufficient_quota"),
     NotReady: (503, "server_error", "not_ready"),
+    QueueLost: (503, "server_error", "queue_unreachable"),
     AnswerCancelled: (503, "server_error", "cancelled"),
     DeadlineExceeded: (504, "server_error", "deadline_exceeded"),
 }
+_NO_RETRY = {"x-should-retry": "false"}
 _HEADERS: dict[type[Exception], dict[str, str]] = {
     Unauthorized: {"www-authenticate": "Bearer"},
     BodyTooSlow: {"connection": "close"},
     # OpenAI's client would ask twice more, and each time a whole deadline of work would be lost.
-    DeadlineExceeded: {"x-should-retry": "false"},
+    DeadlineExceeded: _NO_RETRY,
+    QuotaExceeded: _NO_RETRY,
 }
 
 
@@ -95,7 +114,12 @@ def describe(exc: BaseException) -> Failure:
         return Failure(status, _clean(str(exc)), "invalid_request_error", exc.code, exc.param)
     if isinstance(exc, Overloaded):
         headers = {"retry-after": str(max(1, ceil(exc.retry_after_s)))}
+        if isinstance(exc, ShareExceeded):
+            return Failure(429, _clean(str(exc)), "rate_limit_error", "queue_share_exceeded", headers=headers)
         return Failure(503, _clean(str(exc)), "server_error", "overloaded", headers=headers)
+    if isinstance(exc, RateLimited):
+        headers = _NO_RETRY if exc.retry_after_s is None else {"retry-after": str(max(1, ceil(exc.retry_after_s)))}
+        return Failure(429, _clean(str(exc)), exc.kind, "rate_limit_exceeded", headers=headers)
     if isinstance(exc, RequestValidationError):
         return _describe_validation(exc)
     for cls, (status, kind, code) in _PLAIN.items():

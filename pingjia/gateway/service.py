@@ -1,4 +1,4 @@
-"""The one way of every answer: ready? -> a slot -> the prompt's ids -> the backend -> the account of it.
+"""The one way of every answer: ready? -> a road -> the prompt's ids -> the backend or the queue -> the account of it.
 
 Knows nothing of HTTP shapes (`chat.py`, `completions.py`, `demo.py`) nor of sockets (`reply.py`).
 """
@@ -8,21 +8,22 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from pingjia.chat.tokenizer import Tokenizer
-from pingjia.gateway.admission import Admission
 from pingjia.gateway.answer import Answer
 from pingjia.gateway.ask import Ask, AskedPrompt, TokenIds, choose, requests_of, served, token_ids
 from pingjia.gateway.errors import CLIENT_CLOSED, AnswerCancelled, NotReady, status_of
 from pingjia.gateway.metrics import Metrics
+from pingjia.gateway.roads import Roads, Turn
 from pingjia.gateway.settings import GatewaySettings
 from pingjia.ledger import Fact, Ledger
-from pingjia.types import Backend, ModelCard, Request, as_dict
+from pingjia.queue.job import Rank
+from pingjia.types import ModelCard, as_dict
 
 log = logging.getLogger("pingjia.gateway")
 
@@ -36,6 +37,7 @@ class Caller:
 
     request_id: str
     key_id: str
+    rank: Rank = "normal"
     account: dict[str, Any] = field(default_factory=dict)
 
 
@@ -44,18 +46,19 @@ class Service:
 
     def __init__(
         self,
-        backend: Backend,
+        roads: Roads,
         tokenizer: Tokenizer,
         settings: GatewaySettings,
         *,
         ledger: Ledger | None,
         clock: Callable[[], float],
     ) -> None:
-        self.backend = backend
+        self.roads = roads
+        self.backend = roads.known
+        self.admission = roads.admission
         self.tokenizer = tokenizer
         self.settings = settings
-        self.metrics = Metrics(backend.stats)
-        self.admission = Admission(settings.max_concurrent)
+        self.metrics = Metrics(roads.known.stats)
         self._ledger = ledger
         self.clock = clock
         self._answers: set[Answer] = set()
@@ -83,15 +86,16 @@ class Service:
         started, deadline = self.clock(), asyncio.get_running_loop().time() + self.settings.deadline_s
         if not self.is_ready():
             raise NotReady("the model cannot answer now (starting, stopping or stuck); GET /health/ready says when")
-        self.admission.take(ask.num_choices)
-        try:
+        road = self.roads.choose()
+        async with self.roads.slots(road, ask.num_choices):
             requests = requests_of(
                 ask, [await self._ids(prompt, ask.prompt_field) for prompt in ask.prompts], self.settings
             )
-            async with self._running(ask, requests, caller, started, deadline) as answer:
-                yield answer
-        finally:
-            self.admission.give(ask.num_choices)
+            left_s = deadline - asyncio.get_running_loop().time()
+            async with self.roads.open(road, requests, Turn(caller.key_id, caller.rank, left_s)) as backend:
+                answer = Answer(backend, requests, choices_per_prompt=ask.n, deadline=deadline, clock=self.clock)
+                async with self._running(ask, answer, caller, started):
+                    yield answer
 
     def start_draining(self) -> None:
         """Take on nothing new; what is in work goes on."""
@@ -107,14 +111,11 @@ class Service:
         self._renderer.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
-    async def _running(
-        self, ask: Ask, requests: Sequence[Request], caller: Caller, started: float, deadline: float
-    ) -> AsyncIterator[Answer]:
-        answer = Answer(self.backend, requests, choices_per_prompt=ask.n, deadline=deadline, clock=self.clock)
+    async def _running(self, ask: Ask, answer: Answer, caller: Caller, started: float) -> AsyncIterator[None]:
         self._answers.add(answer)
         ending: BaseException | None = None
         try:
-            yield answer
+            yield
         except BaseException as e:
             ending = e
             raise

@@ -1,0 +1,232 @@
+"""Who is next, who is refused, and when they should come back. Pure: no clock, no sockets; `now` is handed in.
+
+Fairness is that of virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024):
+whoever waits and has been served the fewest tokens is next. It holds twice: between ranks, by weight, and inside a rank
+between tenants. So a low rank is slow and never starves, and a key's thousand requests delay another key's by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pingjia.errors import Overloaded
+from pingjia.queue.job import Rank
+
+WEIGHTS: Mapping[str, float] = {"high": 64.0, "normal": 8.0, "low": 1.0}
+_MAX_RETRY_S = 60.0  # OpenAI's client ignores a longer Retry-After
+_KEYED_SHARE = 0.75  # of the queue, for a key that is alone: the next key must find room
+_CROWDED = 0.5  # from this fill on, no key may hold more than its equal part
+
+
+class ShareExceeded(Overloaded):
+    """The queue has room, but this tenant holds its share of it already. HTTP 429."""
+
+
+class FairShare:
+    """Counters of what each flow was served. The waiting flow with the least is next; ties go by name."""
+
+    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
+        self._weights = weights or {}
+        self._waiting: dict[str, float] = {}
+        self._served: dict[str, float] = {}
+        self._last_left = 0.0
+
+    def join(self, flow: str) -> None:
+        """The flow has something waiting now. It gets no credit for the time it had not."""
+        if flow not in self._waiting:
+            floor = min(self._waiting.values(), default=self._last_left)
+            self._waiting[flow] = max(floor, self._served.pop(flow, 0.0))
+
+    def leave(self, flow: str) -> None:
+        """It has nothing waiting any more."""
+        self._last_left = self._served[flow] = self._waiting.pop(flow)
+
+    def next(self) -> str | None:
+        """Whose turn it is; None when nobody waits."""
+        return min(self._waiting, key=lambda flow: (self._waiting[flow], flow), default=None)
+
+    def charge(self, flow: str, units: float) -> None:
+        """The flow was served that much (less than nothing: given back)."""
+        counters = self._waiting if flow in self._waiting else self._served
+        counters[flow] = counters.get(flow, 0.0) + units / self._weights.get(flow, 1.0)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def counter(self, flow: str) -> float:
+        """What the flow was served, in its own weight."""
+        return self._waiting.get(flow, self._served.get(flow, 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a queue holds, and how it finds out that a worker is dead."""
+
+    max_requests: int = 1_000
+    max_units: int = 2_000_000
+    lease_s: float = 10.0
+    max_deliveries: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A queue as one tenant's next request finds it. Units are tokens (`Job.cost`).
+
+    rank_units: what waits, by rank. tenant_*: what the tenant has waiting; tenant_units only in the rank it asks for.
+    num_tenants: those that have something waiting in that rank, the asking one included. units_per_s: what all
+    workers together were measured to do; None before anything was. seat_units_per_s: the same of one seat.
+    """
+
+    num_waiting: int = 0
+    rank_units: Mapping[str, int] = field(default_factory=dict)
+    tenant_num: int = 0
+    tenant_units: int = 0
+    num_tenants: int = 1
+    units_running: int = 0
+    num_seats: int = 0
+    units_per_s: float | None = None
+
+    @property
+    def units_waiting(self) -> int:
+        return sum(self.rank_units.values())
+
+    def units_ahead(self, rank: Rank, cost: int) -> float:
+        """What will be begun before a request of that rank and cost: never more than all there is."""
+        total = self.rank_units.get(rank, 0)
+        ahead: float = min(self.tenant_units * self.num_tenants + cost * (self.num_tenants - 1), total)
+        own = ahead + cost
+        for other, units in self.rank_units.items():
+            if other != rank:
+                ahead += min(units, own * WEIGHTS[other] / WEIGHTS[rank])
+        return ahead
+
+    def answer_s(self, rank: Rank, cost: int) -> float | None:
+        """Seconds until such a request would be answered, from the measured pace; None when nothing was measured."""
+        if self.units_per_s is None or self.num_seats == 0:
+            return None
+        ahead = self.units_ahead(rank, cost)
+        is_full = ahead > 0 or self.num_waiting > 0
+        begun = (ahead + (self.units_running / 2 if is_full else 0)) / self.units_per_s
+        return begun + cost * self.num_seats / self.units_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is asked of a queue in one go."""
+
+    tenant: str
+    rank: Rank
+    num: int
+    units: int
+    largest: int  # units of its largest request
+    deadline_s: float
+
+
+class Gate:
+    """Says no in time. Remembers what it promised those it refused: each gets a later time than the one before."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._promised = 0.0
+        self._at = 0.0
+
+    def check(self, load: Load, wish: Wish, now: float) -> None:
+        """Return if the wish can be kept. Raises Overloaded or ShareExceeded with the time to come back."""
+        limits = self.limits
+        over_num = load.num_waiting + wish.num - limits.max_requests
+        over_units = load.units_waiting + wish.units - limits.max_units
+        if over_num > 0 or over_units > 0:
+            mean = load.units_waiting / max(1, load.num_waiting)
+            text = f"{load.num_waiting} requests with {load.units_waiting} tokens wait already"
+            raise self._refusal(Overloaded, text, max(over_num * mean, over_units), load, wish, now)
+        share = self.share(load, wish.tenant)
+        if load.tenant_num + wish.num > share:
+            text = f"this key has {load.tenant_num} requests waiting, and its share of the queue is {share:.0f} now"
+            units = load.tenant_units * max(0.0, 1 - share / max(1, load.tenant_num + wish.num)) * load.num_tenants
+            raise self._refusal(ShareExceeded, text, units, load, wish, now)
+        self._check_deadline(load, wish, now)
+
+    def share(self, load: Load, tenant: str) -> float:
+        """Requests a tenant may have waiting."""
+        most = self.limits.max_requests
+        if load.num_tenants == 1:
+            return most if tenant == "" else max(1.0, most * _KEYED_SHARE)
+        if load.num_waiting < most * _CROWDED:
+            return max(1.0, most * _KEYED_SHARE)
+        return max(1.0, most / load.num_tenants)
+
+    def _check_deadline(self, load: Load, wish: Wish, now: float) -> None:
+        needed_s = load.answer_s(wish.rank, wish.largest)
+        if needed_s is None or needed_s <= wish.deadline_s:
+            return
+        text = f"an answer would take about {needed_s:.0f} s at the measured pace and may take {wish.deadline_s:.0f}"
+        # Every second takes a second off the wait, as long as nothing comes in before.
+        late_units = (needed_s - wish.deadline_s) * (load.units_per_s or 0.0)
+        raise self._refusal(Overloaded, text, late_units, load, wish, now)
+
+    def _refusal(
+        self, kind: type[Overloaded], text: str, units: float, load: Load, wish: Wish, now: float
+    ) -> Overloaded:
+        after = self._retry_s(units, wish.units, load.units_per_s, now)
+        return kind(f"{text}; come back in {after:.0f} s", retry_after_s=after)
+
+    def _retry_s(self, units: float, wish_units: int, units_per_s: float | None, now: float) -> float:
+        """When `units` have gone, behind all who were refused before and have not had their turn."""
+        if not units_per_s:
+            return 1.0
+        self._promised = max(0.0, self._promised - (now - self._at) * units_per_s)
+        self._at = now
+        after = (max(0.0, units) + self._promised) / units_per_s
+        self._promised += wish_units
+        return min(_MAX_RETRY_S, max(1.0, after))
+
+
+class Pace:
+    """Units per second of one seat, over the jobs that ended: the mean of the last few dozen."""
+
+    _SMOOTHING = 0.05
+
+    def __init__(self) -> None:
+        self._units = 0.0
+        self._seconds = 0.0
+
+    def add(self, units: float, seconds: float) -> None:
+        """A job of that cost held its seat that long."""
+        keep = 1.0 - self._SMOOTHING if self._seconds else 0.0
+        weight = 1.0 - keep
+        self._units = keep * self._units + weight * units
+        self._seconds = keep * self._seconds + weight * max(seconds, 1e-6)
+
+    @property
+    def units_per_s(self) -> float | None:
+        return self._units / self._seconds if self._seconds else None
+
+
+class ArrivalRate:
+    """Requests per second over the last second or so: two counters, no list."""
+
+    def __init__(self, window_s: float = 1.0) -> None:
+        self._window_s = window_s
+        self._start = 0.0
+        self._now = 0
+        self._before = 0
+
+    def add(self, now: float) -> None:
+        """One came."""
+        self._roll(now)
+        self._now += 1
+
+    def per_s(self, now: float) -> float:
+        """The rate, the window before counted by what of it is still less than a window ago."""
+        self._roll(now)
+        part = 1.0 - (now - self._start) / self._window_s
+        return (self._now + self._before * max(0.0, part)) / self._window_s
+
+    def _roll(self, now: float) -> None:
+        passed = int((now - self._start) // self._window_s)
+        if passed:
+            self._before = self._now if passed == 1 else 0
+            self._now = 0
+            self._start += passed * self._window_s

@@ -1,0 +1,179 @@
+"""Feeds a backend from a queue: claims what it has seats for, sends the chunks back, says that it lives, drains."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
+from time import monotonic
+from typing import cast
+
+from pingjia.queue.job import Claim, End
+from pingjia.queue.policy import Pace
+from pingjia.queue.protocol import Queue, QueueLost, WorkerCard
+from pingjia.types import Backend, Chunk
+
+log = logging.getLogger("pingjia.queue")
+
+_WAIT_S = 1.0
+_RECOVER_S = 0.2
+
+
+class Puller:
+    """One backend's hands in a queue. `run` goes on until `drain`; both on one event loop.
+
+    seats: answers the backend computes at once. beat_s: a third of the queue's lease or less.
+    """
+
+    def __init__(
+        self,
+        queue: Queue,
+        backend: Backend,
+        *,
+        name: str,
+        seats: int,
+        beat_s: float,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self.name = name
+        self.seats = seats
+        self.pace = Pace()
+        self._queue = queue
+        self._backend = backend
+        self._beat_s = beat_s
+        self._clock = clock
+        self._running: dict[str, tuple[Claim, asyncio.Task[None]]] = {}
+        self._freed = asyncio.Event()
+        self._is_draining = False
+
+    async def run(self) -> None:
+        """Claim and answer until drained."""
+        beating = asyncio.create_task(self._beat_always())
+        try:
+            while not self._is_draining:
+                await self._fill()
+            while self._running:
+                await self._until_freed(_WAIT_S)
+        finally:
+            beating.cancel()
+            await asyncio.gather(beating, *(task for _, task in self._running.values()), return_exceptions=True)
+            with suppress(QueueLost):
+                await self._queue.leave(self.name)
+
+    async def drain(self, drain_s: float) -> None:
+        """Claim nothing more, let what is in work finish for `drain_s`, give the rest back to the queue."""
+        self._is_draining = True
+        self._freed.set()
+        end = self._clock() + drain_s
+        while self._running and self._clock() < end:
+            await self._until_freed(max(0.0, end - self._clock()))
+        for claim, task in list(self._running.values()):
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            with suppress(QueueLost):
+                await self._queue.give_back(claim)
+
+    async def _fill(self) -> None:
+        free = self.seats - len(self._running)
+        if free <= 0 or not self._backend.is_ready():
+            await self._until_freed(_WAIT_S if free <= 0 else _RECOVER_S)
+            return
+        try:
+            claims = await self._queue.claim(self.name, free, _WAIT_S)
+        except QueueLost:
+            await asyncio.sleep(_RECOVER_S)
+            return
+        for claim in claims:
+            self._running[claim.job.id] = (claim, asyncio.create_task(self._answer(claim)))
+
+    async def _until_freed(self, wait_s: float) -> None:
+        self._freed.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await self._freed.wait()
+
+    async def _answer(self, claim: Claim) -> None:
+        started = self._clock()
+        try:
+            async with asyncio.timeout(max(0.001, claim.left_s)):
+                await self._relay(claim)
+            self.pace.add(claim.job.cost, self._clock() - started)
+        except TimeoutError:
+            await self._end(claim, 1_000_000, (), End("expired", "it was not complete before its deadline"), 0)
+        except QueueLost:
+            log.warning("request %s: the queue is out of reach; another worker will take it over", claim.job.id)
+        finally:
+            if self._running.get(claim.job.id, (None,))[0] is claim:
+                del self._running[claim.job.id]
+            self._freed.set()
+
+    async def _relay(self, claim: Claim) -> None:
+        """Chunks that come while others are being sent go together with the next."""
+        news: asyncio.Queue[Chunk | End] = asyncio.Queue()
+        pump = asyncio.create_task(self._pump(claim, news))
+        seq, num_tokens = 0, 0
+        try:
+            while True:
+                items = [await news.get()]
+                while not news.empty():
+                    items.append(news.get_nowait())
+                chunks = tuple(item for item in items if isinstance(item, Chunk))
+                num_tokens += sum(len(chunk.token_ids) for chunk in chunks)
+                seq += 1
+                last = items[-1]
+                if isinstance(last, End):
+                    await self._end(claim, seq, chunks, last, len(claim.job.request.prompt_ids) + num_tokens)
+                    return
+                if not await self._queue.publish(claim, seq, chunks):
+                    return
+        finally:
+            pump.cancel()
+            await asyncio.gather(pump, return_exceptions=True)
+
+    async def _pump(self, claim: Claim, news: asyncio.Queue[Chunk | End]) -> None:
+        """The backend's chunks, then how it ended."""
+        end, error = End("done"), None
+        try:
+            stream = cast(AsyncGenerator[Chunk, None], self._backend.stream(claim.job.request))
+            async with aclosing(stream):
+                async for chunk in stream:
+                    if chunk.finish_reason == "error":
+                        error = chunk.error or "the engine failed while it answered; try again"
+                        break
+                    if chunk.finish_reason == "cancelled":
+                        error = "the worker ended this answer before it was complete; ask again"
+                        break
+                    news.put_nowait(chunk)
+            end = End("failed", error, "engine") if error else end
+        except Exception as e:
+            end = End.of(e)
+            if end.error == "engine":
+                log.exception("request %s failed", claim.job.id)
+        news.put_nowait(end)
+
+    async def _end(self, claim: Claim, seq: int, chunks: tuple[Chunk, ...], end: End, spent: int) -> None:
+        await self._queue.end(claim, seq, chunks, end, spent)
+
+    async def _beat_always(self) -> None:
+        while True:
+            try:
+                for job_id in await self._queue.beat(self._card(), [claim for claim, _ in self._running.values()]):
+                    if job_id in self._running:
+                        self._running[job_id][1].cancel()
+            except QueueLost:
+                log.warning("worker %s: the queue is out of reach", self.name)
+            except Exception:
+                log.exception("worker %s: a beat failed", self.name)
+            await asyncio.sleep(self._beat_s)
+
+    def _card(self) -> WorkerCard:
+        pace = self.pace.units_per_s
+        return WorkerCard(
+            self.name,
+            self.seats,
+            is_ready=self._backend.is_ready() and not self._is_draining,
+            units_per_s=None if pace is None else pace * self.seats,
+            models=tuple(self._backend.models()),
+            stats=self._backend.stats(),
+        )
