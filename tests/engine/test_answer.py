@@ -102,6 +102,26 @@ def test_an_answer_ends(
         assert chunks[-1].usage.cached_tokens == 1
 
 
+def test_a_stop_string_is_kept_when_it_was_asked_for(letters: Tokenizer) -> None:
+    for text, said in (("ab<end>cd", "ab<end>"), ("ab<end$", "ab<end")):
+        assert text_of(say(letters, text, stop=("<end>",), include_stop_str_in_output=True)) == said
+    chunks = say(letters, "abc|de|f", stop=("|",), include_stop_str_in_output=True, min_tokens=5)
+    assert text_of(chunks) == "abc|de|"
+
+
+@pytest.mark.parametrize(("min_tokens", "said"), [(0, "ab"), (3, "ab|c"), (4, "ab|c"), (5, "ab|c|d"), (6, "ab|c|d")])
+def test_stop_strings_count_in_what_comes_after_min_tokens(letters: Tokenizer, min_tokens: int, said: str) -> None:
+    chunks = say(letters, "ab|c|d|e", stop=("|",), min_tokens=min_tokens)
+    assert text_of(chunks) == said
+    assert chunks[-1].finish_reason == "stop"
+
+
+def test_a_token_that_completes_a_grammar_ends_the_answer(letters: Tokenizer) -> None:
+    answer = Answer(Sampling(stop=("bc",)), letters.stop_ids, letters.stream(), num_prompt=1)
+    chunks = [answer.push(Pick(ord("a")), 0), answer.push(Pick(ord("b"), ends=True), 0)]
+    assert (text_of(chunks), chunks[-1].finish_reason) == ("ab", "stop")
+
+
 def test_an_answer_cut_short_says_what_was_held_back(letters: Tokenizer) -> None:
     answer = Answer(Sampling(stop=("xyz",)), letters.stop_ids, letters.stream(), num_prompt=1)
     said = [answer.push(Pick(ord(c)), 0).text for c in "abxy"]

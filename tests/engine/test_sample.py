@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,9 @@ from transformers.generation.logits_process import (
 
 from pingjia.chat import Tokenizer
 from pingjia.engine import Engine
-from pingjia.engine.sample import Sampler, candidates, pick
+from pingjia.engine.grammar import DeadEnd
+from pingjia.engine.sample import Pick, Sampler, candidates, pick
+from pingjia.errors import RequestError
 from pingjia.types import Request, Sampling
 
 MakeEngine = Callable[..., Engine]
@@ -200,3 +204,85 @@ def test_more_alternatives_than_tokens_are_all_tokens() -> None:
     (entry,) = pick(torch.tensor([[0.0, 3.0, 1.0]]), [Sampler(Sampling(logprobs=20, top_k=50), [], 0)])
     assert entry.logprob is not None
     assert [token for token, _ in entry.logprob.top] == [1, 2, 0]
+
+
+# ---- what a caller adds, and ends that come too early
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.dictionaries(st.integers(0, 19), st.floats(-100, 100, width=32), max_size=6), st.integers(0, 999))
+def test_a_bias_is_added_to_the_logits_before_everything_else(bias: dict[int, float], seed: int) -> None:
+    logits_V = torch.randn(20, generator=torch.Generator().manual_seed(seed))
+    before_V = logits_V.clone()
+    wanted_V = logits_V.clone()
+    for token, value in bias.items():
+        wanted_V[token] += value
+    assert Sampler(Sampling(logit_bias=bias), [], 0).choose(logits_V) == int(wanted_V.argmax())
+    drawn = Sampling(temperature=0.8, top_k=5, repetition_penalty=1.3, presence_penalty=0.5)
+    plain, biased = Sampler(drawn, [3, 4], seed), Sampler(replace(drawn, logit_bias=bias), [3, 4], seed)
+    for _ in range(5):
+        token = plain.choose(wanted_V)
+        assert biased.choose(logits_V) == token
+        plain.record(token)
+        biased.record(token)
+    assert torch.equal(logits_V, before_V), "the row belongs to the caller"
+
+
+def test_a_bias_forces_and_forbids_in_the_engine_and_leaves_logprobs_alone(tiny_engine: MakeEngine) -> None:
+    engine = tiny_engine()
+    plain = Sampling(max_tokens=8, ignore_eos=True, logprobs=1)
+    (free,) = engine.generate("hello", plain)
+    (forced,) = engine.generate("hello", replace(plain, logit_bias={ord("a"): 100}))
+    assert forced.text == "a" * 8
+    assert forced.logprobs[0].top[0] == pytest.approx(free.logprobs[0].top[0])
+    (forbidden,) = engine.generate("hello", replace(plain, logit_bias={free.token_ids[0]: -100}))
+    assert free.token_ids[0] not in forbidden.token_ids
+    with pytest.raises(RequestError, match=r"token 128 is outside 0\.\.127"):
+        engine.generate("hello", Sampling(logit_bias={128: 1}))
+    assert not engine.has_work()
+
+
+@pytest.mark.parametrize("bias", [{5: 101}, {5: -100.5}, {5: math.nan}, {-1: 1}, {"5": 1}, {True: 1}, {1.0: 1}])
+def test_a_bias_that_is_none_is_refused(bias: Any) -> None:
+    with pytest.raises(RequestError, match="logit_bias") as caught:
+        Sampling(logit_bias=bias)
+    assert caught.value.param == "logit_bias"
+
+
+def test_a_sampling_with_a_bias_can_be_compared_and_is_not_changed_from_outside() -> None:
+    bias = {7: 1.0, 5: -2}
+    sampling = Sampling(logit_bias=bias)
+    bias[9] = 3.0
+    assert dict(sampling.logit_bias) == {5: -2, 7: 1.0}
+    assert sampling == Sampling(logit_bias=((5, -2), (7, 1.0)))
+    assert hash(sampling) == hash(replace(sampling))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_end_is_sampled_before_min_tokens(tiny_engine: MakeEngine, temperature: float) -> None:
+    engine = tiny_engine()
+    eager = {2: 30, ord("z"): 29}  # both ends, by far the likeliest
+    ends = Sampling(max_tokens=20, temperature=temperature, seed=1, logit_bias=eager, stop_token_ids=(ord("z"),))
+    (early,) = engine.generate("hello", ends)
+    assert len(early.token_ids) == 1
+    (late,) = engine.generate("hello", replace(ends, min_tokens=6))
+    assert len(late.token_ids) == 7
+    assert not {2, ord("z")} & set(late.token_ids[:6])
+    (cut,) = engine.generate("hello", replace(ends, min_tokens=20))
+    assert (len(cut.token_ids), cut.finish_reason) == (20, "length")
+    with pytest.raises(RequestError, match="min_tokens 21 is more than max_tokens 20"):
+        replace(ends, min_tokens=21)
+
+
+def test_one_row_without_a_way_on_leaves_the_others_their_tokens() -> None:
+    class Stuck:
+        def allowed_V(self) -> torch.Tensor:
+            raise DeadEnd("no way")
+
+    matchers: list[Any] = [None, Stuck(), None]
+    samplers = [Sampler(Sampling(), [], 0, matcher=matcher) for matcher in matchers]
+    first, second, third = pick(torch.tensor([[0.0, 3.0, 1.0]] * 3), samplers)
+    assert isinstance(second, DeadEnd)
+    assert isinstance(first, Pick)
+    assert isinstance(third, Pick)
+    assert (first.token_id, third.token_id) == (1, 1)
