@@ -46,6 +46,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "pj_pack": (None, [_INT, _INT, _LONG, _LONG, _POINTER, _POINTER]),
     "pj_unpack": (None, [_INT, _INT, _LONG, _LONG, _POINTER, _POINTER]),
     "pj_rows": (None, [_POINTER, _POINTER, _LONG, _POINTER, _LONG]),
+    "pj_read_all": (ctypes.c_uint64, [_POINTER, _LONG]),
     "pj_matmul": (None, [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _LONG]),
 }
 

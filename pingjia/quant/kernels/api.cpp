@@ -50,3 +50,5 @@ PJ_API void pj_matmul(const CMatrix* w, const float* x, int64_t t, int64_t x_str
   quantize_activations(x, t, w->m, x_stride, own_rows());
   matmul(w->matrix(), own_rows(), y, y_stride);
 }
+
+PJ_API uint64_t pj_read_all(const void* at, int64_t bytes) { return read_all(at, bytes); }

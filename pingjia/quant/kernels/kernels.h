@@ -66,4 +66,7 @@ void quantize_activations(const float* x, int64_t t, int64_t m, int64_t stride, 
 // int32 inside a group, float32 across groups. The result of a row does not depend on the other rows of the batch.
 void matmul(const Matrix& w, const QuantRows& x, float* y, int64_t y_stride, bool accumulate = false);
 
+// Read `bytes` (in whole pieces of 64 KB) with the team and return a sum: what memory can do at best (probe.cpp).
+uint64_t read_all(const void* at, int64_t bytes);
+
 }  // namespace pingjia
