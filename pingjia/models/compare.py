@@ -173,7 +173,7 @@ def _predicted(side: _Side, chunk: Chunk, labels: Iterator[str]) -> Iterator[tup
     config, family = side.model.config, family_of(side.model)
     offset = 0
     for ids in chunk.sequences:
-        label, first = next(labels), max(1, family.prefix_len(config, ids))
+        label, first = next(labels), family.prefix_len(config, ids) + 1  # what nothing is before is not predicted
         for start in range(first, len(ids), _ROWS):
             stop = min(start + _ROWS, len(ids))
             yield label, torch.arange(offset + start - 1, offset + stop - 1), torch.tensor(ids[start:stop])
