@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from pingjia.errors import ModelError
 from pingjia.models import added_tokens, base_fingerprint, load_model
+from pingjia.quant.formats import PackedLinear
 from pingjia.tune.checkpoint import ADAPTER_FILE, new_directory, write_bytes
 from pingjia.tune.directory import save_network
 from pingjia.tune.guards import require_nonzero_adapter
@@ -66,6 +67,7 @@ def merge_adapter(
         raise ModelError(f"{adapter_dir} is a model of its own, not an adapter; there is nothing to merge")
     base = base or about["base"]["name"]
     model = load_model(base, dtype=dtype)
+    _require_floats(model, base)
     prompts = [*(chat["ids"] for chat in about["chat"]["golden"]), *_new_token_prompts(model)]
     _require_same_base(model, about["base"]["fingerprint"], base)
     tensors = _read_adapter(adapter_dir)
@@ -107,6 +109,16 @@ def _new_token_prompts(model: PreTrainedModel) -> list[list[int]]:
     """Every token added to the base's vocabulary, since golden chats need not hold any whose rows were trained."""
     tokens = added_tokens(model.config)
     return [tokens[i : i + _PROMPT_LEN] for i in range(0, len(tokens), _PROMPT_LEN)]
+
+
+def _require_floats(model: PreTrainedModel, base: str | Path) -> None:
+    """Merging into few bits would round the adapter away without a word."""
+    packed = next((m for m in model.modules() if isinstance(m, PackedLinear)), None)
+    if packed is not None:
+        raise ModelError(
+            f"{base} is packed to {packed.bits} bits and nothing is merged into it. Give the float base with --base; for "
+            "few bits with the adapter inside: pingjia quantize FLOAT_BASE --adapter ADAPTER --out DIR"
+        )
 
 
 def _require_same_base(model: PreTrainedModel, fingerprint: str, base: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Packing block by block: what is walked is what the network computes, for every family; what is written loads again."""
+"""Packing block by block: the walk computes what the network does, for every family; what is written loads again."""
 
 from __future__ import annotations
 
