@@ -67,6 +67,8 @@ class End:
         """The end of a job whose backend raised. What nobody wrote on purpose is not shown."""
         if isinstance(exc, RequestError):
             return cls("failed", str(exc), _NAMES.get(type(exc), "request"), exc.param, exc.code)
+        if isinstance(exc, Overloaded):
+            return cls("failed", str(exc), "overloaded", code=f"{exc.retry_after_s:.3f}")
         if isinstance(exc, PingjiaError):
             return cls("failed", str(exc), "engine")
         return cls("failed", f"the worker failed ({type(exc).__name__}); its log has the details", "engine")
@@ -81,6 +83,8 @@ class End:
             return PromptTooLong(self.message, param=self.param or "messages")
         if self.error == "request":
             return RequestError(self.message, param=self.param, code=self.code)
+        if self.error == "overloaded":
+            return Overloaded(self.message, retry_after_s=float(self.code or 1.0))
         if self.kind == "expired":
             return Overloaded(self.message, retry_after_s=1.0)
         return EngineError(self.message)

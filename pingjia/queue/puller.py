@@ -133,19 +133,15 @@ class Puller:
 
     async def _pump(self, claim: Claim, news: asyncio.Queue[Chunk | End]) -> None:
         """The backend's chunks, then how it ended."""
-        end, error = End("done"), None
+        end = End("done")
         try:
             stream = cast(AsyncGenerator[Chunk, None], self._backend.stream(claim.job.request))
             async with aclosing(stream):
                 async for chunk in stream:
-                    if chunk.finish_reason == "error":
-                        error = chunk.error or "the engine failed while it answered; try again"
-                        break
-                    if chunk.finish_reason == "cancelled":
-                        error = "the worker ended this answer before it was complete; ask again"
+                    if chunk.finish_reason in ("error", "cancelled"):
+                        end = _broken(chunk)
                         break
                     news.put_nowait(chunk)
-            end = End("failed", error, "engine") if error else end
         except Exception as e:
             end = End.of(e)
             if end.error == "engine":
@@ -177,3 +173,9 @@ class Puller:
             models=tuple(self._backend.models()),
             stats=self._backend.stats(),
         )
+
+
+def _broken(last: Chunk) -> End:
+    if last.finish_reason == "cancelled":
+        return End("cancelled", last.error or "the worker ended this answer before it was complete; ask again")
+    return End("failed", last.error or "the engine failed while it answered; try again", "engine")

@@ -1,0 +1,356 @@
+"""The queue over Redis 7: Streams with a consumer group, one stream per answer. Every step is one script (`queue.lua`).
+
+What was claimed lies in the stream `work` until its answer has ended, and is claimed again when its worker is not heard
+of for the lease. Keys live under one prefix; an ended job's keys expire by themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from importlib.resources import files
+from time import monotonic
+from typing import Any
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import BusyLoadingError, ConnectionError, NoScriptError, ReadOnlyError, TimeoutError
+
+from pingjia.errors import Overloaded, UserError
+from pingjia.queue.job import (
+    Claim,
+    End,
+    Job,
+    JobStatus,
+    Part,
+    dump_chunks,
+    dump_end,
+    dump_job,
+    load_chunks,
+    load_end,
+    load_job,
+)
+from pingjia.queue.memory import abandoned, expired, pace_of, wish_of
+from pingjia.queue.policy import Gate, Limits, Load, Wish
+from pingjia.queue.protocol import QueueLost, QueueStats, WorkerCard
+from pingjia.types import Chunk
+
+log = logging.getLogger("pingjia.queue")
+
+_LOST = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, OSError)
+_RANKS = ("high", "normal", "low")
+_BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+_SWEEP_S = 1.0  # followers look by themselves this often, should a notice be lost
+_MAX_CONNECTIONS = 32
+
+
+class StreamQueue:
+    """`protocol.Queue` and `protocol.Records` in Redis. Lives on one event loop.
+
+    patience_s: how long an unreachable server is asked again before QueueLost. Workers' steps and those of answers are
+    asked again for the lease: longer would be in vain, because another worker has the job then.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        limits: Limits | None = None,
+        *,
+        prefix: str = "pingjia:",
+        patience_s: float = 3.0,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self.limits = limits or Limits()
+        self._gate = Gate(self.limits)
+        self._prefix = prefix
+        self._patience_s = patience_s
+        self._clock = clock
+        self._redis = _client(url)
+        self._source = files("pingjia.queue").joinpath("queue.lua").read_text(encoding="utf-8")
+        self._sha = ""
+        self._cards: tuple[WorkerCard, ...] = ()
+        self._cards_at = -1e9
+        self._followers = _Followers(self._redis, prefix)
+
+    # ---- jobs
+
+    async def submit(self, jobs: Sequence[Job]) -> None:
+        known = await self._step("known", self._patience_s, ids=[job.id for job in jobs])
+        fresh = [job for job, there in zip(jobs, known, strict=True) if not there]
+        if not fresh:
+            return
+        wish = wish_of(fresh)
+        self._gate.check(await self._load(wish), wish, self._clock())
+        rows = [_row(job) for job in fresh]
+        limits = {"max_requests": self.limits.max_requests, "max_units": self.limits.max_units}
+        if not await self._step("submit", self._patience_s, jobs=rows, **limits):
+            raise Overloaded("the queue has just been filled; come back in 1 s", retry_after_s=1.0)
+
+    async def claim(self, worker: str, num: int, wait_s: float) -> list[Claim]:
+        claims = await self._claim_now(worker, num)
+        if claims or wait_s <= 0:
+            return claims
+        await self._bell(wait_s)
+        return await self._claim_now(worker, num)
+
+    async def beat(self, card: WorkerCard, claims: Sequence[Claim]) -> set[str]:
+        held = [{"id": claim.job.id, "delivery": claim.delivery} for claim in claims]
+        lost = await self._step(
+            "beat", 0.0, worker=card.name, card=card.dump(), claims=held, lease_ms=int(self.limits.lease_s * 1000)
+        )
+        return set(lost)
+
+    async def publish(self, claim: Claim, seq: int, chunks: tuple[Chunk, ...]) -> bool:
+        return bool(await self._of("publish", claim, seq=seq, chunks=dump_chunks(chunks)))
+
+    async def end(self, claim: Claim, seq: int, chunks: tuple[Chunk, ...], end: End, spent: int) -> bool:
+        fields = {"seq": seq, "chunks": dump_chunks(chunks), "tail": dump_end(end), "kind": end.kind, "spent": spent}
+        return bool(await self._of("finish", claim, **fields))
+
+    async def give_back(self, claim: Claim) -> None:
+        await self._of("give_back", claim)
+
+    async def leave(self, worker: str) -> None:
+        await self._step("leave", 0.0, worker=worker)
+
+    async def cancel(self, job_id: str, message: str) -> bool:
+        tail = dump_end(End("cancelled", message))
+        return bool(await self._step("cancel", self._patience_s, id=job_id, tail=tail))
+
+    async def follow(self, job_id: str) -> AsyncIterator[Part]:
+        if await self.status(job_id) is None:
+            yield Part(0, 0, (), End("abandoned", "this request is not known (any more)", "engine"))
+            return
+        async with self._followers.of(job_id) as parts:
+            while True:
+                part = await parts.get()
+                yield part
+                if part.end is not None:
+                    return
+
+    async def status(self, job_id: str) -> JobStatus | None:
+        fields = ("state", "tenant", "deaths", "end")
+        key = f"{self._prefix}job:{job_id}"
+        state, tenant, deaths, end = await self._ask(lambda: self._redis.hmget(key, fields), self._patience_s)
+        if state is None:
+            return None
+        return JobStatus(state, tenant, int(deaths), load_end(end) if end else None)
+
+    async def alive(self, owner: str) -> None:
+        key, lease_ms = f"{self._prefix}owner:{owner}", int(self.limits.lease_s * 1000)
+        await self._ask(lambda: self._redis.set(key, "1", px=lease_ms), 0.0)
+
+    async def stats(self) -> QueueStats:
+        waiting, units, claimed, tenants, cards, ended, redelivered = await self._step("stats", 0.0)
+        self._cards = tuple(sorted((WorkerCard.load(text) for text in cards), key=lambda card: card.name))
+        self._cards_at = self._clock()
+        counts = dict(zip(ended[::2], map(int, ended[1::2]), strict=True)) if ended else {}
+        return QueueStats(waiting, units, claimed, tenants, self._cards, counts, redelivered)
+
+    async def close(self) -> None:
+        await self._followers.close()
+        await self._redis.aclose()
+
+    # ---- records
+
+    async def save(self, kind: str, record_id: str, text: str, *, tenant: str, keep_s: float) -> None:
+        key, value = f"{self._prefix}record:{kind}:{record_id}", json.dumps([tenant, text])
+        await self._ask(lambda: self._redis.set(key, value, px=int(keep_s * 1000)), self._patience_s)
+
+    async def add(self, kind: str, record_id: str, text: str, *, tenant: str, keep_s: float) -> str | None:
+        key, value = f"{self._prefix}record:{kind}:{record_id}", json.dumps([tenant, text])
+        set_it = await self._ask(lambda: self._redis.set(key, value, px=int(keep_s * 1000), nx=True), self._patience_s)
+        return None if set_it else await self.load(kind, record_id, tenant=tenant)
+
+    async def load(self, kind: str, record_id: str, *, tenant: str) -> str | None:
+        key = f"{self._prefix}record:{kind}:{record_id}"
+        value = await self._ask(lambda: self._redis.get(key), self._patience_s)
+        owner, text = json.loads(value) if value else (None, None)
+        return text if owner == tenant else None
+
+    # ---- inside
+
+    async def _claim_now(self, worker: str, num: int) -> list[Claim]:
+        rows = await self._step(
+            "claim",
+            0.0,  # not asked twice: what is handed out with the first answer lost would wait for its lease
+            worker=worker,
+            num=num,
+            lease_ms=int(self.limits.lease_s * 1000),
+            max_deliveries=self.limits.max_deliveries,
+            expired=dump_end(expired()),
+            abandoned=dump_end(abandoned()),
+        )
+        return [Claim(load_job(body), delivery, left_ms / 1000) for _, delivery, left_ms, body in rows or ()]
+
+    async def _bell(self, wait_s: float) -> None:
+        try:
+            await self._redis.blpop([f"{self._prefix}bell"], timeout=wait_s)
+        except _LOST as e:
+            raise _lost(e) from e
+
+    async def _load(self, wish: Wish) -> Load:
+        num, units, tenant_num, tenant_units, num_tenants, running = await self._step(
+            "load", self._patience_s, tenant=wish.tenant, rank=wish.rank
+        )
+        if self._clock() - self._cards_at > 1.0:
+            await self.stats()
+        seats, units_per_s = pace_of(self._cards)
+        rank_units = dict(zip(_RANKS, units, strict=True))
+        return Load(num, rank_units, tenant_num, tenant_units, num_tenants, running, seats, units_per_s)
+
+    async def _of(self, operation: str, claim: Claim, **fields: Any) -> Any:
+        return await self._step(operation, self.limits.lease_s, id=claim.job.id, delivery=claim.delivery, **fields)
+
+    async def _step(self, operation: str, patience_s: float, **fields: Any) -> Any:
+        arguments = json.dumps(fields, separators=(",", ":"))
+        reply = await self._ask(lambda: self._run(operation, arguments), patience_s)
+        return json.loads(reply) if isinstance(reply, str) else reply
+
+    async def _run(self, operation: str, arguments: str) -> Any:
+        if not self._sha:
+            self._sha = await self._redis.script_load(self._source)
+        try:
+            return await self._redis.evalsha(self._sha, 1, self._prefix, operation, arguments)
+        except NoScriptError:  # the server was restarted
+            self._sha = await self._redis.script_load(self._source)
+            return await self._redis.evalsha(self._sha, 1, self._prefix, operation, arguments)
+
+    async def _ask(self, ask: Callable[[], Any], patience_s: float) -> Any:
+        """Ask, and again after growing pauses. Everything that is asked so can be asked twice."""
+        until = self._clock() + patience_s
+        for attempt in range(1_000_000):
+            try:
+                return await ask()
+            except _LOST as e:
+                pause_s = _BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)]
+                if self._clock() + pause_s > until:
+                    raise _lost(e) from e
+                await asyncio.sleep(pause_s)
+
+
+class _Followers:
+    """Reads the answers of all who follow one with two connections: notices of news, and the parts they announce."""
+
+    def __init__(self, redis: Redis, prefix: str) -> None:
+        self._redis = redis
+        self._prefix = prefix
+        self._queues: dict[str, list[asyncio.Queue[Part]]] = {}
+        self._read: dict[asyncio.Queue[Part], str] = {}
+        self._dirty: set[str] = set()
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @contextlib.asynccontextmanager
+    async def of(self, job_id: str) -> AsyncIterator[asyncio.Queue[Part]]:
+        """The parts of one answer, from its first."""
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._read_always())]
+        own: asyncio.Queue[Part] = asyncio.Queue()
+        self._queues.setdefault(job_id, []).append(own)
+        self._read[own] = "0-0"
+        self._mark(job_id)
+        try:
+            yield own
+        finally:
+            del self._read[own]
+            self._queues[job_id].remove(own)
+            if not self._queues[job_id]:
+                del self._queues[job_id]
+
+    async def close(self) -> None:
+        """End both tasks."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+
+    def _mark(self, *job_ids: str) -> None:
+        self._dirty.update(job_ids)
+        self._wake.set()
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                async with self._redis.pubsub(ignore_subscribe_messages=True) as notices:
+                    await notices.subscribe(f"{self._prefix}news")
+                    self._mark(*self._queues)  # what came before we listened
+                    async for notice in notices.listen():
+                        if notice["data"] in self._queues:
+                            self._mark(notice["data"])
+            except _LOST:
+                await asyncio.sleep(_BACKOFF_S[2])
+
+    async def _read_always(self) -> None:
+        while True:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), _SWEEP_S)
+            self._wake.clear()
+            dirty = self._dirty or set(self._queues)
+            self._dirty = set()
+            try:
+                await self._fetch([job_id for job_id in dirty if job_id in self._queues])
+            except _LOST:
+                self._dirty |= dirty
+                await asyncio.sleep(_BACKOFF_S[2])
+            except Exception:
+                log.exception("answers could not be read")
+                await asyncio.sleep(_BACKOFF_S[3])
+
+    async def _fetch(self, job_ids: Sequence[str]) -> None:
+        """One round trip for all of them; a follower that came later reads from its own place."""
+        followers = [(job_id, own) for job_id in job_ids for own in self._queues[job_id]]
+        if not followers:
+            return
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for job_id, own in followers:
+                pipe.xrange(f"{self._prefix}answer:{job_id}", min=f"({self._read[own]}")
+            replies = await pipe.execute()
+        for (_, own), entries in zip(followers, replies, strict=True):
+            for number, fields in entries:
+                if own in self._read:
+                    self._read[own] = number
+                    own.put_nowait(_part(number, fields))
+
+
+def _part(number: str, fields: dict[str, str]) -> Part:
+    delivery, _, seq = number.partition("-")
+    chunks = load_chunks(fields["chunks"]) if "chunks" in fields else ()
+    return Part(int(delivery), int(seq), chunks, load_end(fields["end"]) if "end" in fields else None)
+
+
+def _row(job: Job) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "tenant": job.tenant,
+        "rank": job.rank,
+        "cost": job.cost,
+        "deadline_ms": int(job.deadline_s * 1000),
+        "keep_ms": int(job.keep_s * 1000),
+        "owner": job.owner,
+        "body": dump_job(job),
+    }
+
+
+def _lost(error: Exception) -> QueueLost:
+    return QueueLost(f"the queue's Redis server cannot be reached ({type(error).__name__}); try again in a moment")
+
+
+def _client(url: str) -> Redis:
+    try:
+        pool = BlockingConnectionPool.from_url(
+            url,
+            decode_responses=True,
+            socket_connect_timeout=2.0,
+            socket_timeout=10.0,
+            max_connections=_MAX_CONNECTIONS,
+            timeout=10.0,  # for a free connection
+            retry=Retry(NoBackoff(), 0),  # what may be asked again is known here, not there
+        )
+        return Redis.from_pool(pool)
+    except ValueError as e:
+        raise UserError(f"redis_url: {e}; write redis://host:port/number") from None
