@@ -81,6 +81,24 @@ class GatewaySettings(Section):
     """A client must send its request head within this."""
     body_s: float = Field(30.0, gt=0.0)
     """And its body within this."""
+    redis_url: str | None = None
+    """`redis://host:port/db`: what gateways and workers share lies there and outlives them. None: in this process."""
+    queue_above_rps: float = Field(50.0, ge=0.0)
+    """Measured requests per second above which requests go through the queue; 0: all of them."""
+    queue_max_requests: int = Field(1_000, ge=1)
+    """Requests that may wait in the queue; beyond it 503."""
+    queue_max_tokens: int = Field(2_000_000, ge=1)
+    """And their tokens, prompts and the longest possible answers together."""
+    queue_lease_s: float = Field(10.0, gt=0.0)
+    """A worker that is not heard of for this long is dead, and another takes over what it had claimed."""
+    queue_max_deliveries: int = Field(3, ge=1)
+    """Workers that may die over one request before it fails."""
+    result_s: float = Field(86_400.0, gt=0.0)
+    """How long the result of an asynchronous request is kept."""
+    files_dir: str | None = None
+    """Where files of batches lie; ~/.local/state/pingjia when None."""
+    max_file_bytes: int = Field(100_000_000, ge=1_000)
+    """The largest file a client may upload for a batch."""
     cors_origins: tuple[str, ...] = ()
     """Web origins whose pages may call; none by default."""
     access_log: bool = True
