@@ -57,16 +57,15 @@ class LastUpdate:
 def _why_stuck(name: str, parameter: torch.nn.Parameter, last: LastUpdate | None) -> str:
     if last is not None and not any(last.rates):
         return "the learning rate of every update was 0: learning_rate 0, or a schedule that does not leave 0?"
-    if last is not None and last.gradients_seen:
-        if parameter.grad is None:
-            return "no gradient reaches it: the network does not use it, or something between it and the loss detaches"
-        if not torch.count_nonzero(parameter.grad):
-            return _why_zero(name, last)
+    if last is not None and last.gradients_seen and parameter.grad is None:
+        return "no gradient reaches it: the network does not use it, or something between it and the loss detaches"
     if last is not None and last.grad_norm > 1e3 * last.max_grad_norm:
         return (
             f"gradients of norm {last.grad_norm:.3g} are scaled down to max_grad_norm {last.max_grad_norm:.3g}, too "
             "little to change a float; raise max_grad_norm (1.0 is usual)"
         )
+    if last is not None and parameter.grad is not None and not torch.count_nonzero(parameter.grad):
+        return _why_zero(name, last)
     return "is learning_rate 0 or too small to change a float, or is the module not used by the network?"
 
 
