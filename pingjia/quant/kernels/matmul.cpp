@@ -6,6 +6,7 @@ namespace pingjia {
 namespace {
 
 constexpr int64_t kSmall = 16384;  // numbers that one thread quantises sooner than the team is told
+constexpr int64_t kChunkBytes = 768 * 1024;  // of activations: most of a second-level cache
 constexpr int64_t kLine = 64;      // bytes of a cache line
 
 int width_of(const int* widths, int64_t left) {
@@ -47,28 +48,41 @@ void write_rows(const Matrix& w, int64_t tile, const Block& b, const float* from
   }
 }
 
+// One product, cut into items: a unit of tiles times a chunk of tokens whose activations stay in the second cache.
 struct Call {
   const Matrix& w;
   const QuantRows& x;
   float* y;
   int64_t y_stride;
   bool accumulate;
-  int64_t tiles, tile_size, scale_size;
+  int64_t tiles, units, tile_size, scale_size, blocks, chunks;
 
-  void unit(int64_t index) const {
-    const int64_t first = index * kUnitTiles, count = tiles - first < kUnitTiles ? tiles - first : kUnitTiles;
-    const int64_t size = w.scale_bits / 8;
-    const int64_t blocks = static_cast<int64_t>(x.blocks.size()), share = kUnitTiles * tile_size / blocks;
+  Call(const Matrix& w, const QuantRows& x, float* y, int64_t y_stride, bool accumulate)
+      : w(w), x(x), y(y), y_stride(y_stride), accumulate(accumulate) {
+    tiles = (w.n + kTileRows - 1) / kTileRows, units = (tiles + kUnitTiles - 1) / kUnitTiles;
+    tile_size = tile_bytes(w.bits, kTileRows, w.m), scale_size = scale_count(kTileRows, w.m, w.group);
+    blocks = static_cast<int64_t>(x.blocks.size());
+    chunks = (x.t * x.columns + kChunkBytes - 1) / kChunkBytes;
+    if (chunks > blocks) chunks = blocks;
+  }
+
+  void item(int64_t index) const {
+    const int64_t chunk = index / units, first = chunk * blocks / chunks, last = (chunk + 1) * blocks / chunks;
     alignas(64) float out[kUnitTiles * kMaxWidth * kTileRows];
-    for (const Block& b : x.blocks) {
-      const Product p = {w.tiles + first * tile_size, count > 1 ? tile_size : 0,
-                         w.tiles + (first + kUnitTiles) * tile_size + (&b - x.blocks.data()) * share, kLine / blocks,
-                         static_cast<const char*>(w.scales) + first * scale_size * size, count > 1 ? scale_size : 0,
-                         w.scale_bits, w.m, w.group, x.values_of(b), x.scales_of(b), x.offsets_of(b)};
-      kernel_set().product(w.bits, b.width, p, out);
-      for (int64_t i = 0; i < count; ++i)
-        write_rows(w, first + i, b, out + i * b.width * kTileRows, y, y_stride, accumulate);
-    }
+    for (int64_t i = first; i < last; ++i) block(index % units, x.blocks[static_cast<size_t>(i)], i - first, last - first, out);
+  }
+
+  // The unit times block `i` of the chunk's `count`, which fetches its share of the next unit.
+  void block(int64_t unit, const Block& b, int64_t i, int64_t count, float* out) const {
+    const int64_t first = unit * kUnitTiles;
+    const bool pair = tiles - first > 1;
+    const uint8_t* next = w.tiles + (first + kUnitTiles) * tile_size + i * (kUnitTiles * tile_size / count);
+    const char* scales = static_cast<const char*>(w.scales) + first * scale_size * (w.scale_bits / 8);
+    const Product p = {w.tiles + first * tile_size, pair ? tile_size : 0, next, kLine / count, scales,
+                       pair ? scale_size : 0, w.scale_bits, w.m, w.group, x.values_of(b), x.scales_of(b), x.offsets_of(b)};
+    kernel_set().product(w.bits, b.width, p, out);
+    for (int64_t k = 0; k < (pair ? 2 : 1); ++k)
+      write_rows(w, first + k, b, out + k * b.width * kTileRows, y, y_stride, accumulate);
   }
 };
 
@@ -92,12 +106,10 @@ void quantize_activations(const float* x, int64_t t, int64_t m, int64_t stride, 
 
 void matmul(const Matrix& w, const QuantRows& x, float* y, int64_t y_stride, bool accumulate) {
   if (x.t == 0) return;
-  const int64_t tiles = (w.n + kTileRows - 1) / kTileRows, units = (tiles + kUnitTiles - 1) / kUnitTiles;
-  const Call call = {w, x, y, y_stride, accumulate, tiles, tile_bytes(w.bits, kTileRows, w.m),
-                     scale_count(kTileRows, w.m, w.group)};
-  const int64_t pieces = num_threads() * (x.t > 4 ? 32 : 8);
-  parallel_for(units, units / pieces, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) call.unit(i);
+  const Call call(w, x, y, y_stride, accumulate);
+  const int64_t items = call.units * call.chunks, pieces = num_threads() * (x.t > 4 ? 32 : 8);
+  parallel_for(items, items / pieces, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) call.item(i);
   });
 }
 
