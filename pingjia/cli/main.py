@@ -16,7 +16,7 @@ from typing import Any, cast
 import typer
 from typer.exceptions import TyperException
 
-from pingjia.cli import chat, cost, data, doctor, env, eval, export, keys, quantize, run, serve, train
+from pingjia.cli import chat, cost, data, doctor, env, eval, export, gateway, keys, quantize, run, serve, train, worker
 from pingjia.cli.console import errors
 from pingjia.errors import UserError
 
@@ -42,6 +42,8 @@ app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
 app.command("serve")(serve.serve)
+app.command("gateway")(gateway.gateway)
+app.command("worker")(worker.worker)
 app.add_typer(keys.app, name="keys")
 app.command("chat")(chat.chat)
 app.command("export")(export.export)
@@ -115,7 +117,8 @@ _USER_ERRNO = {
     errno.EEXIST,
 }
 _EXTRAS = {name: "model" for name in ("torch", "transformers", "peft", "accelerate", "safetensors", "matplotlib")} | {
-    "openai": "demo"
+    "openai": "demo",
+    "redis": "redis",
 }
 
 

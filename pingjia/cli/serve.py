@@ -30,6 +30,9 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     served_model_name: Annotated[str | None, typer.Option(help="What the base model is called outside.")] = None,
+    redis_url: Annotated[
+        str | None, typer.Option(help="Share the queue: redis://host:port/number.", envvar="PINGJIA_REDIS_URL")
+    ] = None,
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     bits: Annotated[int | None, typer.Option(help=BITS_HELP)] = None,
@@ -44,9 +47,10 @@ def serve(
     """
     adapters = parse_adapters(adapter or [])
     given: dict[str, object] = {"host": host, "port": port, "served_model_name": served_model_name}
+    given["redis_url"] = redis_url
     if len(adapters) == 1:
         given["default_model"] = next(iter(adapters))
-    gateway_settings, engine_settings = _settings(overrides or [], given)
+    gateway_settings, engine_settings = settings_of(overrides or [], given)
     run_server(
         model,
         adapters=adapters,
@@ -74,9 +78,12 @@ def run_server(
     from pingjia import Engine, gateway
     from pingjia.ledger import Fact, Ledger
     from pingjia.meter import Meter
+    from pingjia.queue.opening import check_redis
     from pingjia.worker import Worker
 
     gateway.preflight(gateway_settings)
+    if gateway_settings.redis_url is not None:
+        check_redis(gateway_settings.redis_url)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     ledger = Ledger(ledger_file) if ledger_file else None
     with Meter() as meter:
@@ -91,7 +98,9 @@ def run_server(
         worker = Worker(engine)
         worker.start()
         try:
-            app = gateway.create_app(worker, engine.tokenizer, gateway_settings, ledger=ledger)
+            app = gateway.create_app(
+                worker, engine.tokenizer, gateway_settings, seats=engine_settings.max_num_seqs, ledger=ledger
+            )
             gateway.serve(
                 app, gateway_settings, on_ready=lambda url: errors.print(f"serving at {url}/v1", markup=False)
             )
@@ -116,7 +125,9 @@ def parse_adapters(values: list[str]) -> dict[str, Path]:
     return adapters
 
 
-def _settings(overrides: list[str], given: dict[str, object]) -> tuple[GatewaySettings, EngineSettings]:
+def settings_of(overrides: list[str], given: dict[str, object]) -> tuple[GatewaySettings, EngineSettings]:
+    """The sections serve and engine from flags and --set; --set wins."""
+
     class Both(recipes.Section):
         serve: GatewaySettings = GatewaySettings()
         engine: EngineSettings = EngineSettings()

@@ -67,6 +67,8 @@ class Replay:
         if line.ended:
             line.is_behind = True  # passed on whole already: nothing more may come of it
             return None
+        if not is_last and len(line.again_ids) == num and len(line.again_text) == len(text):
+            return None
         new = replace(
             chunk,
             token_ids=line.again_ids[num:],
