@@ -287,12 +287,18 @@ class _Layers:
         return [self._lora(self._numbers[key], lora) for key, lora in weights.items()]
 
     def _lora(self, number: int, lora: LoraWeights) -> abi.CLora:
-        (a_RI, a_size), (b_RO, b_size) = _as_halves(lora.a_RI), _as_halves(lora.b_OR.T)
-        pointers = self._memory.pointer(a_RI), self._memory.pointer(b_RO)
-        return abi.CLora(number, a_RI.shape[0], *pointers, a_size * b_size)
+        rank, (inputs, outputs) = lora.a_RI.shape[0], (lora.a_RI.shape[1], lora.b_OR.shape[0])
+        ranks = -(-rank // 4) * 4
+        a, a_size = _as_halves(lora.a_RI, ranks, -(-inputs // 16) * 16)
+        b, b_size = _as_halves(lora.b_OR.T, ranks, -(-outputs // 16) * 16)
+        a = a.view(ranks // 4, 4, -1, 16).transpose(1, 2).contiguous()
+        b = b.view(ranks, -1, 16).transpose(0, 1).contiguous()
+        return abi.CLora(number, ranks, self._memory.pointer(a), self._memory.pointer(b), a_size * b_size)
 
 
-def _as_halves(matrix: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """A matrix as float16 of at most 1, and what to multiply it by: half the memory of an adapter, 0.05 % off."""
+def _as_halves(matrix: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, float]:
+    """A matrix padded with zeros, as float16 of at most 1, and its factor: half the memory of an adapter, 0.05 % off."""
     size = float(matrix.abs().max()) or 1.0
-    return (matrix / size).half().contiguous(), size
+    padded = torch.zeros(rows, columns, dtype=torch.float16)
+    padded[: matrix.shape[0], : matrix.shape[1]] = matrix / size
+    return padded, size

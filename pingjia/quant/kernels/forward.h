@@ -24,12 +24,13 @@ struct Norm {
   double eps;
 };
 
-// One adapter's delta on one linear: y += factor * x a^T b. In half precision, brought to about 1 by the factor.
+// One adapter's delta on one linear: y += factor * x a^T b. In half precision, brought to about 1 by the factor, in the
+// order they are read; the rank is padded to a multiple of 4, columns to one of 16, with zeros.
 struct Lora {
   int64_t adapter;  // the number a Piece names it by
   int64_t rank;
-  const uint16_t* a;  // [R, M]
-  const uint16_t* b;  // [R, N]
+  const uint16_t* a;  // [R / 4][M / 16][4][16]
+  const uint16_t* b;  // [N / 16][R][16]
   double factor;
 };
 

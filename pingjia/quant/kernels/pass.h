@@ -46,9 +46,9 @@ struct PassOps {
   void (*rotate_pairs)(float*, const float*, const float*, int64_t);
   float (*largest)(const float*, int64_t);
   void (*judge_row)(const float*, int64_t, int32_t*, int32_t*);
-  void (*lora_down)(const LoraRows&, const uint16_t* a, int64_t width, float factor, int64_t first, int64_t last,
-                    float* u, int64_t rank);
-  void (*lora_up)(const LoraRows&, const uint16_t* b, int64_t b_stride, const float* u, int64_t rank, int64_t n);
+  void (*lora_down)(const LoraRows&, const uint16_t* a, int64_t width, float factor, int64_t first, float* u,
+                    int64_t rank);
+  void (*lora_up)(const LoraRows&, const uint16_t* b, const float* u, int64_t rank, int64_t n);
   void (*to_half)(const float*, uint16_t*, int64_t);
   void (*dots_float)(const float*, const float*, int64_t, int64_t, float*, int64_t);
   void (*dots_half)(const uint16_t*, const float*, int64_t, int64_t, float*, int64_t);

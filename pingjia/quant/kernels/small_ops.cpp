@@ -205,9 +205,9 @@ void each_unit(std::vector<Job>& jobs, int64_t (*units)(const Job&), int64_t wor
 }
 
 constexpr int64_t kRanks = 4;  // of a unit
-constexpr int64_t kLoraColumns = 64;
+constexpr int64_t kLoraColumns = 128;
 
-int64_t down_units(const Job& job) { return (job.lora->rank + kRanks - 1) / kRanks; }
+int64_t down_units(const Job& job) { return job.lora->rank / kRanks; }
 int64_t up_units(const Job& job) { return (job.n + kLoraColumns - 1) / kLoraColumns; }
 
 int64_t most_rows(const std::vector<Job>& jobs) {
@@ -233,12 +233,11 @@ void add_loras(const LinearGroup& group, const Plan& plan, bool last, const floa
   };
   each_unit(jobs, down_units, rows * kRanks * width / 2, [&](const Job& job, int64_t unit) {
     const Lora& lora = *job.lora;
-    const int64_t first = unit * kRanks, end = std::min(first + kRanks, lora.rank);
-    pass_ops().lora_down(call(job, 0), lora.a, width, static_cast<float>(lora.factor), first, end, u + job.u_at, lora.rank);
+    pass_ops().lora_down(call(job, 0), lora.a, width, static_cast<float>(lora.factor), unit * kRanks, u + job.u_at, lora.rank);
   });
   each_unit(jobs, up_units, rows * kLoraColumns * 8, [&](const Job& job, int64_t unit) {
     const int64_t from = unit * kLoraColumns, count = std::min(kLoraColumns, job.n - from);
-    pass_ops().lora_up(call(job, from), job.lora->b + from, job.n, u + job.u_at, job.lora->rank, count);
+    pass_ops().lora_up(call(job, from), job.lora->b + from * job.lora->rank, u + job.u_at, job.lora->rank, count);
   });
 }
 

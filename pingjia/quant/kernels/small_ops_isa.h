@@ -162,69 +162,58 @@ static void judge_row(const float* logits, int64_t n, int32_t* best, int32_t* fi
 
 // ---- adapters. A row's numbers are added up in the same order whatever rows and ranks it is computed with.
 
-// u[row * rank + r] = x_row . a_r, for RANKS rows of a from the first on.
-template <int ROWS, int RANKS>
-static inline void down_tile(const float* x, const int32_t* rows, int64_t x_stride, const uint16_t* a, int64_t width,
-                             float factor, float* u, int64_t rank) {
-  F16 acc[ROWS][RANKS] = {};
-  int64_t i = 0;
-  for (; i + 16 <= width; i += 16) {
-    F16 weight[RANKS];
-    for (int r = 0; r < RANKS; ++r) weight[r] = load(a + r * width + i);
+// u[row * rank + r] = x_row . a_r, for four ranks, whose weights lie together 16 columns at a time.
+template <int ROWS>
+static inline void down_tile(const LoraRows& call, int64_t t0, const uint16_t* a, int64_t width, float factor, float* u,
+                             int64_t rank) {
+  const float* x[ROWS];
+  for (int t = 0; t < ROWS; ++t) x[t] = call.x + call.rows[t0 + t] * call.x_stride;
+  F16 acc[ROWS][4] = {};
+  for (int64_t i = 0; i < width; i += 16, a += 64) {
+    const int64_t left = width - i < 16 ? width - i : 16;
+    F16 weight[4];
+    for (int r = 0; r < 4; ++r) weight[r] = load(a + r * 16);
     for (int t = 0; t < ROWS; ++t) {
-      const F16 value = load(x + rows[t] * x_stride + i);
-      for (int r = 0; r < RANKS; ++r) acc[t][r] += value * weight[r];
+      const F16 value = left == 16 ? load(x[t] + i) : load_n(x[t] + i, left);
+      for (int r = 0; r < 4; ++r) acc[t][r] += value * weight[r];
     }
   }
-  if (i < width)
-    for (int t = 0; t < ROWS; ++t)
-      for (int r = 0; r < RANKS; ++r)
-        acc[t][r] += load_n(x + rows[t] * x_stride + i, width - i) * load_n(a + r * width + i, width - i);
   for (int t = 0; t < ROWS; ++t)
-    for (int r = 0; r < RANKS; ++r) u[t * rank + r] = hsum(acc[t][r]) * factor;
+    for (int r = 0; r < 4; ++r) u[(t0 + t) * rank + r] = hsum(acc[t][r]) * factor;
 }
 
-template <int RANKS>
-static void down_rows(const LoraRows& call, const uint16_t* a, int64_t width, float factor, float* u, int64_t rank) {
+// u [count, rank]: ranks first..first+3 of it. a: [rank / 4][width / 16][4][16].
+static void lora_down(const LoraRows& call, const uint16_t* a, int64_t width, float factor, int64_t first, float* u,
+                      int64_t rank) {
+  const uint16_t* four = a + first * ((width + 15) / 16 * 16);
   int64_t t = 0;
-  for (; t + 4 <= call.count; t += 4)
-    down_tile<4, RANKS>(call.x, call.rows + t, call.x_stride, a, width, factor, u + t * rank, rank);
-  for (; t + 2 <= call.count; t += 2)
-    down_tile<2, RANKS>(call.x, call.rows + t, call.x_stride, a, width, factor, u + t * rank, rank);
-  if (t < call.count) down_tile<1, RANKS>(call.x, call.rows + t, call.x_stride, a, width, factor, u + t * rank, rank);
-}
-
-// u [count, rank]: ranks first..last-1 of it.
-static void lora_down(const LoraRows& call, const uint16_t* a, int64_t width, float factor, int64_t first, int64_t last,
-                      float* u, int64_t rank) {
-  for (; first + 4 <= last; first += 4) down_rows<4>(call, a + first * width, width, factor, u + first, rank);
-  for (; first < last; ++first) down_rows<1>(call, a + first * width, width, factor, u + first, rank);
+  for (; t + 4 <= call.count; t += 4) down_tile<4>(call, t, four, width, factor, u + first, rank);
+  for (; t + 2 <= call.count; t += 2) down_tile<2>(call, t, four, width, factor, u + first, rank);
+  if (t < call.count) down_tile<1>(call, t, four, width, factor, u + first, rank);
 }
 
 template <int ROWS>
-static inline void up_tile(float* y, const int32_t* rows, int64_t y_stride, const uint16_t* b, int64_t b_stride,
-                           const float* u, int64_t rank, int64_t n) {
+static inline void up_tile(const LoraRows& call, int64_t t0, int64_t c, const uint16_t* b, const float* u, int64_t rank,
+                           int64_t n) {
   F16 acc[ROWS] = {};
   for (int64_t r = 0; r < rank; ++r) {
-    const F16 weight = n == 16 ? load(b + r * b_stride) : load_n(b + r * b_stride, n);
-    for (int t = 0; t < ROWS; ++t) acc[t] += u[t * rank + r] * weight;
+    const F16 weight = load(b + r * 16);
+    for (int t = 0; t < ROWS; ++t) acc[t] += u[(t0 + t) * rank + r] * weight;
   }
   for (int t = 0; t < ROWS; ++t) {
-    float* to = y + rows[t] * y_stride;
+    float* to = call.y + call.rows[t0 + t] * call.y_stride + c;
     n == 16 ? store(to, load(to) + acc[t]) : store_n(to, load_n(to, n) + acc[t], n);
   }
 }
 
-// y[row][0..n) += sum over r of u[row][r] * b[r][0..n)
-static void lora_up(const LoraRows& call, const uint16_t* b, int64_t b_stride, const float* u, int64_t rank, int64_t n) {
-  for (int64_t c = 0; c < n; c += 16) {
+// y[row][0..n) += sum over r of u[row][r] * b_r[0..n). b: [n / 16][rank][16].
+static void lora_up(const LoraRows& call, const uint16_t* b, const float* u, int64_t rank, int64_t n) {
+  for (int64_t c = 0; c < n; c += 16, b += 16 * rank) {
     const int64_t left = n - c < 16 ? n - c : 16;
     int64_t t = 0;
-    for (; t + 8 <= call.count; t += 8)
-      up_tile<8>(call.y + c, call.rows + t, call.y_stride, b + c, b_stride, u + t * rank, rank, left);
-    for (; t + 2 <= call.count; t += 2)
-      up_tile<2>(call.y + c, call.rows + t, call.y_stride, b + c, b_stride, u + t * rank, rank, left);
-    if (t < call.count) up_tile<1>(call.y + c, call.rows + t, call.y_stride, b + c, b_stride, u + t * rank, rank, left);
+    for (; t + 8 <= call.count; t += 8) up_tile<8>(call, t, c, b, u, rank, left);
+    for (; t + 2 <= call.count; t += 2) up_tile<2>(call, t, c, b, u, rank, left);
+    if (t < call.count) up_tile<1>(call, t, c, b, u, rank, left);
   }
 }
 
