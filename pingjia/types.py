@@ -306,13 +306,17 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What `/v1/models` says of a served name. `parent` is the base an adapter stands on."""
+    """What `/v1/models` says of a served name. `parent` is the base an adapter stands on.
+
+    digest: of its weights, so that two cards with one digest answer alike; empty when it is not known.
+    """
 
     id: str
     root: str
     parent: str | None = None
     max_model_len: int = 0
     created: int = 0
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

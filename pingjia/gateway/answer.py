@@ -6,14 +6,22 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 from pingjia.errors import EngineError
 from pingjia.gateway.errors import AnswerCancelled, DeadlineExceeded
-from pingjia.types import Backend, Chunk, Completion, FinishReason, Request, TokenLogprob, Usage
+from pingjia.types import Chunk, Completion, FinishReason, Request, TokenLogprob, Usage
 
 Piece = tuple[int, Chunk]
 """Index of the choice, and what came."""
+
+
+class Source(Protocol):
+    """What streams the answers of requests: a backend, a queue, the cache before them."""
+
+    def stream(self, request: Request) -> AsyncIterator[Chunk]:
+        """As `Backend.stream`."""
+        ...
 
 
 @dataclass(slots=True)
@@ -46,7 +54,7 @@ class Answer:
 
     def __init__(
         self,
-        backend: Backend,
+        source: Source,
         requests: Sequence[Request],
         *,
         choices_per_prompt: int,
@@ -54,7 +62,7 @@ class Answer:
         clock: Callable[[], float],
     ) -> None:
         self.tallies = [Tally(len(request.prompt_ids)) for request in requests]
-        self._backend = backend
+        self._source = source
         self._per_prompt = choices_per_prompt
         self._deadline = deadline  # in the event loop's time
         self._clock = clock
@@ -121,7 +129,7 @@ class Answer:
     async def _pump(self, index: int, request: Request) -> None:
         try:
             # The protocol lets us close the iterator; that is what tells the engine to stop.
-            stream = cast(AsyncGenerator[Chunk, None], self._backend.stream(request))
+            stream = cast(AsyncGenerator[Chunk, None], self._source.stream(request))
             async with aclosing(stream):
                 async for chunk in stream:
                     self._take(index, chunk)

@@ -17,17 +17,22 @@ from starlette.middleware.cors import CORSMiddleware
 from pingjia import __version__
 from pingjia.chat.tokenizer import Tokenizer
 from pingjia.errors import UserError
-from pingjia.gateway import errors, routes
+from pingjia.gateway import cache_routes, errors, routes
 from pingjia.gateway.access_log import AccessLog
 from pingjia.gateway.auth import Auth, KeyRing, load_keys
 from pingjia.gateway.body_limit import BodyLimit
 from pingjia.gateway.request_id import RequestId
+from pingjia.gateway.response_headers import ResponseHeaders
 from pingjia.gateway.roads import Roads, limits_of
 from pingjia.gateway.service import Service
 from pingjia.gateway.settings import GatewaySettings
 from pingjia.ledger import Ledger
 from pingjia.queue.opening import open_queue
 from pingjia.types import Backend
+
+_LIMITS = ("requests", "tokens")
+_LIMIT_HEADERS = [f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in _LIMITS]
+_EXPOSED = ["x-request-id", "retry-after", "x-cache", "age", "x-language", *_LIMIT_HEADERS]
 
 
 def create_app(
@@ -37,18 +42,22 @@ def create_app(
     *,
     seats: int | None = None,
     ledger: Ledger | None = None,
+    spent: Callable[[str], float] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
     """The HTTP API over `backend`, which is started and stopped by whoever made it; None: workers behind the queue.
 
     `seats`: answers the backend computes at once, `max_concurrent` when not said; so many are claimed from the queue.
+    `spent`: id of a key -> yuan it has spent this month, without which no key may have a budget.
     `clock` (seconds) is what durations are measured with. Raises UserError for settings that cannot be obeyed: keys
     that are required and absent, a default model that is not served.
     """
     keys = load_keys(settings)
+    if spent is None:
+        _refuse_budgets(keys)
     queue = open_queue(settings.redis_url, limits_of(settings))
     roads = Roads(backend, queue, settings, seats=seats or settings.max_concurrent, clock=clock)
-    service = Service(roads, tokenizer, settings, ledger=ledger, clock=clock)
+    service = Service(roads, tokenizer, settings, ledger=ledger, clock=clock, spent=spent)
     if backend is not None:
         _check_default(service)
     app = FastAPI(
@@ -64,7 +73,9 @@ def create_app(
     errors.install(app)
     app.include_router(routes.health_router)
     # Checks nothing (`Auth` does, before the body is read), but puts the scheme into the OpenAPI document.
-    app.include_router(routes.router, dependencies=[Depends(HTTPBearer(auto_error=False))] if len(keys) else [])
+    locks = [] if keys.is_open else [Depends(HTTPBearer(auto_error=False))]
+    app.include_router(routes.router, dependencies=locks)
+    app.include_router(cache_routes.router, dependencies=locks)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -75,18 +86,25 @@ def _check_default(service: Service) -> None:
         raise UserError(f"serve.default_model is {name!r}, which is not served; choose one of {', '.join(served)}")
 
 
+def _refuse_budgets(keys: KeyRing) -> None:
+    names = keys.named_with_budget()
+    if names:
+        raise UserError(f"key {names[0]!r} has a monthly budget, which a ledger must count: serve with --ledger FILE")
+
+
 def _middleware(service: Service, keys: KeyRing) -> list[Middleware]:
     """Outermost first. What costs nothing refuses before what costs something: the key before the body."""
     settings = service.settings
     cors = Middleware(
         CORSMiddleware,
         allow_origins=settings.cors_origins,
-        allow_methods=["GET", "POST"],
+        allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
-        expose_headers=["x-request-id", "retry-after"],
+        expose_headers=_EXPOSED,
     )
     return [
         Middleware(RequestId),
+        Middleware(ResponseHeaders),
         Middleware(AccessLog, clock=service.clock, on_status=service.metrics.on_status),
         Middleware(errors.LastResort),
         *([cors] if settings.cors_origins else []),
@@ -101,6 +119,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await service.roads.start()
     yield
     await service.roads.stop()
+    await service.guard.close()
+    await service.cache.close()
     service.close()
 
 

@@ -42,6 +42,7 @@ class Ask:
 
     max_total: a limit of prompt and answer together, which the answer may use up (ChatGLM's max_length).
     prompt_field, max_field: what the client calls these, for the messages.
+    refusal: the answer, word for word, where a rule gives it and the model is not asked.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Ask:
     max_total: int | None = None
     prompt_field: str = "messages"
     max_field: str = "max_tokens"
+    refusal: str | None = None
 
     @property
     def num_choices(self) -> int:

@@ -43,6 +43,11 @@ class KeyRing:
         """Whether no key is needed."""
         return not self._hashes and self._file is None
 
+    def named_with_budget(self) -> list[str]:
+        """Names of keys in force that have a monthly budget. Raises UserError for a file that cannot be read."""
+        keys = self._file.read() if self._file is not None else []
+        return [key.name for key in keys if key.monthly_budget_cny is not None and key.revoked_at is None]
+
     def find(self, key: bytes) -> Key | None:
         """The key these bytes are, in force or not; None for an unknown one."""
         key_id = self.identify(key)

@@ -54,6 +54,10 @@ class RateLimited(PingjiaError):
         self.retry_after_s = retry_after_s
 
 
+class Forbidden(PingjiaError):
+    """The key is known and may not do this. HTTP 403."""
+
+
 class QuotaExceeded(PingjiaError):
     """The key's budget of this month is spent. HTTP 429, and asking again does not help."""
 
@@ -91,6 +95,7 @@ _PLAIN: dict[type[Exception], tuple[int, str, str]] = {
     BodyTooLarge: (413, "invalid_request_error", "body_too_large"),
     WrongContentType: (415, "invalid_request_error", "unsupported_media_type"),
     EngineError: (500, "server_error", "engine_error"),
+    Forbidden: (403, "invalid_request_error", "insufficient_permissions"),
     QuotaExceeded: (429, "insufficient_quota", "insufficient_quota"),
     NotReady: (503, "server_error", "not_ready"),
     QueueLost: (503, "server_error", "queue_unreachable"),

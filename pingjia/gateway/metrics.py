@@ -69,6 +69,7 @@ class Metrics:
             registry=self.registry,
         )
         self._errors = Counter(PREFIX + "http_errors", "HTTP statuses from 400 up", ["status"], registry=self.registry)
+        self._compute = Counter(PREFIX + "compute_seconds", "Machine time by key", ["key"], registry=self.registry)
         self._lost_facts = Counter(PREFIX + "ledger_errors", "Facts the ledger refused", registry=self.registry)
 
     def on_status(self, status: int) -> None:
@@ -86,6 +87,10 @@ class Metrics:
             if tally.first_at is not None and tally.last_at is not None and tally.num_tokens > 1:
                 self._per_token.labels(model).observe((tally.last_at - tally.first_at) / (tally.num_tokens - 1))
         self._e2e.labels(model).observe(ended - started)
+
+    def on_share(self, key_id: str, seconds: float) -> None:
+        """Count a request's share of the machine."""
+        self._compute.labels(key_id).inc(seconds)
 
     def on_lost_fact(self) -> None:
         self._lost_facts.inc()

@@ -11,6 +11,7 @@ from pingjia.gateway import chat, completions, demo
 from pingjia.gateway.ask import choose
 from pingjia.gateway.bodies import ChatBody, CompletionBody, DemoBody
 from pingjia.gateway.errors import WrongContentType
+from pingjia.gateway.keys import NOBODY, Key
 from pingjia.gateway.reply import stream_reply, whole_reply
 from pingjia.gateway.responses import (
     ChatChunk,
@@ -23,22 +24,26 @@ from pingjia.gateway.responses import (
     TextCompletion,
 )
 from pingjia.gateway.service import Caller, Service
+from pingjia.queue.job import Rank
 from pingjia.types import ModelCard
 
 _REASONS = {
     400: "the request cannot be served as asked; `param` names the field",
     401: "no API key, or an unknown one",
+    403: "this key may not do that",
     404: "no such model",
     408: "the body came too slowly",
     413: "the body is too large",
     415: "the body is not declared as JSON",
+    429: "a limit or the budget of the key is used up; with Retry-After where waiting helps",
     500: "the engine or the server failed",
     503: "too many answers in work (with Retry-After), or not ready",
     504: "the answer took longer than a request may",
 }
 
 
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What the OpenAPI document says of these."""
     declared: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorEnvelope, "description": _REASONS[status]} for status in statuses
     }
@@ -55,7 +60,7 @@ def _events(schema: type) -> dict[int | str, dict[str, Any]]:
 STREAMED = (ChatChunk,)
 """Models that only events have, so that FastAPI does not find them by itself."""
 
-_ANSWER_ERRORS = _errors(*_REASONS)
+_ANSWER_ERRORS = errors_of(*(status for status in _REASONS if status != 403))
 router = APIRouter()
 health_router = APIRouter()
 
@@ -67,9 +72,14 @@ def _service(request: Request) -> Service:
 
 def _caller(request: Request) -> Caller:
     state = request.scope["state"]
-    caller = Caller(state["request_id"], state.get("key_id", ""))
-    state["account"] = caller.account
+    key = state.get("key", NOBODY)
+    caller = Caller(state["request_id"], key, _rank(key), cache_control=request.headers.get("cache-control", ""))
+    state["account"], state["headers"] = caller.account, caller.headers
     return caller
+
+
+def _rank(key: Key) -> Rank:
+    return "high" if key.priority > 0 else "low" if key.priority < 0 else "normal"
 
 
 async def _json_only(request: Request) -> None:
@@ -94,7 +104,7 @@ _JSON = [Depends(_json_only)]
 async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Answer a conversation."""
     service, caller = _service(request), _caller(request)
-    ask = chat.understand(body, service)
+    ask = service.front.apply(chat.understand(body, service), body.model, caller.headers)
     shape = chat.ChatShape(ask, service.tokenizer, include_usage=_wants_usage(body))
     return (stream_reply if body.stream else whole_reply)(service, ask, caller, shape)
 
@@ -120,13 +130,14 @@ async def chatglm_demo(body: DemoBody, request: Request) -> Response:
     return whole_reply(service, demo.understand(body, service), caller, demo.DemoShape(body))
 
 
-@router.get("/v1/models", responses=_errors(401, 500))
+@router.get("/v1/models", responses=errors_of(401, 500))
 async def list_models(request: Request) -> ModelList:
-    """The base model and its adapters."""
-    return ModelList(object="list", data=[_model_out(card) for card in _service(request).cards()])
+    """The base model and its adapters, as far as the key may use them."""
+    key = request.scope["state"].get("key", NOBODY)
+    return ModelList(object="list", data=[_model_out(c) for c in _service(request).cards() if key.may_use(c.id)])
 
 
-@router.get("/v1/models/{model_id:path}", responses=_errors(401, 404, 500))
+@router.get("/v1/models/{model_id:path}", responses=errors_of(401, 404, 500))
 async def get_model(model_id: str, request: Request) -> ModelOut:
     """One of them."""
     service = _service(request)
@@ -135,7 +146,7 @@ async def get_model(model_id: str, request: Request) -> ModelOut:
 
 @router.get("/metrics", response_class=Response, responses={
     200: {"description": "Prometheus' text format", "content": {"text/plain": {"schema": {"type": "string"}}}},
-    **_errors(401, 500),
+    **errors_of(401, 500),
 })  # fmt: skip
 async def metrics(request: Request) -> Response:
     """Numbers for Prometheus."""

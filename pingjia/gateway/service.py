@@ -8,22 +8,29 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pingjia.chat.tokenizer import Tokenizer
-from pingjia.gateway.answer import Answer
+from pingjia.gateway.answer import Answer, Source
 from pingjia.gateway.ask import Ask, AskedPrompt, TokenIds, choose, requests_of, served, token_ids
+from pingjia.gateway.cache import CachedAnswers, Question, ResultCache, Road, Wish
 from pingjia.gateway.errors import CLIENT_CLOSED, AnswerCancelled, NotReady, status_of
+from pingjia.gateway.guard import Guard, Spent, Visit
+from pingjia.gateway.keys import NOBODY, Key
+from pingjia.gateway.language import LanguageFront, Refusal
 from pingjia.gateway.metrics import Metrics
+from pingjia.gateway.rate_limits import RateLimits
 from pingjia.gateway.roads import Roads, Turn
 from pingjia.gateway.settings import GatewaySettings
+from pingjia.gateway.shares import Shares
 from pingjia.ledger import Fact, Ledger
 from pingjia.queue.job import Rank
-from pingjia.types import ModelCard, as_dict
+from pingjia.types import ModelCard, Request, as_dict
 
 log = logging.getLogger("pingjia.gateway")
 
@@ -33,12 +40,51 @@ _RENDER_INLINE_CHARS = 8_000
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks. `account` is filled with the answer's numbers when it ends; the access log shows them."""
+    """Who asks. `account` is filled with the answer's numbers when it ends; the access log shows them.
+
+    `headers` are added to the response. cache_control: the request's own header.
+    """
 
     request_id: str
-    key_id: str
+    key: Key = NOBODY
     rank: Rank = "normal"
     account: dict[str, Any] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+    cache_control: str = ""
+
+    @property
+    def key_id(self) -> str:
+        return self.key.id
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One request in work. `started` is the clock's."""
+
+    ask: Ask
+    caller: Caller
+    source: Source
+    answer: Answer
+    visit: Visit
+    started: float
+
+    @property
+    def is_free(self) -> bool:
+        """Whether none of it is computed for this caller: it is kept, computed for another, or a rule's own words."""
+        cached = isinstance(self.source, CachedAnswers) and self.source.are_shared
+        return cached or self.ask.refusal is not None
+
+    def note(self, reason: str) -> dict[str, Any]:
+        """For log and ledger. reason: how choices ended that do not say it themselves."""
+        firsts = [t.first_at for t in self.answer.tallies if t.first_at is not None]
+        note = {
+            "model": self.ask.card.id,
+            "finish_reason": ",".join(dict.fromkeys(t.finish_reason or reason for t in self.answer.tallies)),
+            "ttft": round(min(firsts) - self.started, 6) if firsts else None,
+        }
+        if self.ask.refusal is not None:
+            return {**note, "refused": "language"}
+        return {**note, "cache": "hit"} if self.is_free else note
 
 
 class Service:
@@ -52,6 +98,7 @@ class Service:
         *,
         ledger: Ledger | None,
         clock: Callable[[], float],
+        spent: Spent | None = None,
     ) -> None:
         self.roads = roads
         self.backend = roads.known
@@ -61,6 +108,11 @@ class Service:
         self.metrics = Metrics(roads.known.stats)
         self._ledger = ledger
         self.clock = clock
+        rates = RateLimits(settings.redis_url, local_share=settings.local_limit_share, clock=clock)
+        self.guard = Guard(rates, spent, clock)
+        self.cache = ResultCache(settings, self.cards, self.metrics.registry)
+        self.front = LanguageFront(settings, self.card, self.metrics.registry)
+        self._shares = Shares(clock)
         self._answers: set[Answer] = set()
         self._draining = False
         self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
@@ -86,16 +138,19 @@ class Service:
         started, deadline = self.clock(), asyncio.get_running_loop().time() + self.settings.deadline_s
         if not self.is_ready():
             raise NotReady("the model cannot answer now (starting, stopping or stuck); GET /health/ready says when")
-        road = self.roads.choose()
-        async with self.roads.slots(road, ask.num_choices):
-            requests = requests_of(
-                ask, [await self._ids(prompt, ask.prompt_field) for prompt in ask.prompts], self.settings
-            )
-            left_s = deadline - asyncio.get_running_loop().time()
-            async with self.roads.open(road, requests, Turn(caller.key_id, caller.rank, left_s)) as backend:
-                answer = Answer(backend, requests, choices_per_prompt=ask.n, deadline=deadline, clock=self.clock)
-                async with self._running(ask, answer, caller, started):
-                    yield answer
+        async with self.guard.visit(caller.key, ask.card.id, ask.num_choices, caller.headers) as visit:
+            road = self.roads.choose()
+            async with self.roads.slots(road, ask.num_choices):
+                requests = requests_of(
+                    ask, [await self._ids(prompt, ask.prompt_field) for prompt in ask.prompts], self.settings
+                )
+                await self.guard.reserve(visit, requests)
+                left_s = deadline - asyncio.get_running_loop().time()
+                way = partial(self.roads.open, road, turn=Turn(caller.key_id, caller.rank, left_s))
+                async with self._source(ask, requests, caller, way) as source:
+                    answer = Answer(source, requests, choices_per_prompt=ask.n, deadline=deadline, clock=self.clock)
+                    async with self._running(Work(ask, caller, source, answer, visit, started)):
+                        yield answer
 
     def start_draining(self) -> None:
         """Take on nothing new; what is in work goes on."""
@@ -111,8 +166,27 @@ class Service:
         self._renderer.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
-    async def _running(self, ask: Ask, answer: Answer, caller: Caller, started: float) -> AsyncIterator[None]:
-        self._answers.add(answer)
+    async def _source(self, ask: Ask, requests: Sequence[Request], caller: Caller, road: Road) -> AsyncIterator[Source]:
+        """Where the answers come from: a rule, the cache, or the road."""
+        if ask.refusal is not None:
+            yield Refusal(ask.refusal, self.tokenizer)
+            return
+        question = Question(
+            owner=caller.key.owner,
+            card=ask.card,
+            cards=self.cards(),
+            wish=Wish.of(caller.cache_control),
+            headers=caller.headers,
+            was_seeded=ask.sampling.seed is not None,
+        )
+        async with self.cache.open(requests, question, road) as source:
+            yield source
+
+    @asynccontextmanager
+    async def _running(self, work: Work) -> AsyncIterator[None]:
+        self._answers.add(work.answer)
+        num = 0 if work.is_free else work.ask.num_choices
+        entered = self._shares.enter(num)
         ending: BaseException | None = None
         try:
             yield
@@ -120,11 +194,11 @@ class Service:
             ending = e
             raise
         finally:
-            self._answers.discard(answer)
+            self._answers.discard(work.answer)
             try:
-                await answer.close()
+                await work.answer.close()
             finally:
-                self._account(ask, caller, answer, ending, started)
+                self._account(work, ending, self._shares.leave(num, entered))
 
     async def _ids(self, prompt: AskedPrompt, field: str) -> tuple[int, ...]:
         if _size(prompt) <= _RENDER_INLINE_CHARS:
@@ -132,29 +206,26 @@ class Service:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._renderer, token_ids, prompt, self.tokenizer, field)
 
-    def _account(self, ask: Ask, caller: Caller, answer: Answer, ending: BaseException | None, started: float) -> None:
-        ended, status, usage = self.clock(), status_of(ending), answer.usage
-        by_us = isinstance(ending, AnswerCancelled)
-        reason = "cancelled" if status == CLIENT_CLOSED or by_us else "error"
-        firsts = [t.first_at for t in answer.tallies if t.first_at is not None]
-        note = {
-            "model": ask.card.id,
-            "finish_reason": ",".join(dict.fromkeys(t.finish_reason or reason for t in answer.tallies)),
-            "ttft": round(min(firsts) - started, 6) if firsts else None,
-        }
-        self.admission.measure(ended - started)
-        self.metrics.on_answer(ask.card.id, answer.tallies, reason, started, ended)
+    def _account(self, work: Work, ending: BaseException | None, share_s: float) -> None:
+        ended, status, usage, caller = self.clock(), status_of(ending), work.answer.usage, work.caller
+        reason = "cancelled" if status == CLIENT_CLOSED or isinstance(ending, AnswerCancelled) else "error"
+        note = work.note(reason)
+        work.visit.num_used = 0 if work.is_free else usage.prompt_tokens + usage.completion_tokens
+        if not work.is_free:
+            self.admission.measure(ended - work.started)
+        self.metrics.on_answer(work.ask.card.id, work.answer.tallies, reason, work.started, ended)
+        self.metrics.on_share(caller.key_id, share_s)
         caller.account.update(note, prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
         self._append(
             Fact(
                 kind="serve.request",
-                seconds=round(ended - started, 6),
+                seconds=round(ended - work.started, 6),
                 prompt_tokens=usage.prompt_tokens,
                 completion_tokens=usage.completion_tokens,
                 cached_tokens=usage.cached_tokens,
                 num_requests=1,
                 who=caller.key_id,
-                note={**note, "status": status},
+                note={**note, "status": status, "share_s": round(share_s, 6)},
             )
         )
 

@@ -102,6 +102,10 @@ class GatewaySettings(Section):
     cors_origins: tuple[str, ...] = ()
     """Web origins whose pages may call; none by default."""
     access_log: bool = True
+    local_limit_share: float = Field(0.5, gt=0.0, le=1.0)
+    """Of each key's limits per minute, what this process allows alone while Redis cannot be reached."""
+    cache: CacheSettings = CacheSettings()
+    language: LanguageSettings = LanguageSettings()
 
     @property
     def is_loopback(self) -> bool:
@@ -112,7 +116,3 @@ class GatewaySettings(Section):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
-    local_limit_share: float = Field(0.5, gt=0.0, le=1.0)
-    """Of each key's limits per minute, what this process allows alone while Redis cannot be reached."""
-    cache: CacheSettings = CacheSettings()
-    language: LanguageSettings = LanguageSettings()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pingjia.gateway import GatewaySettings, bodies, errors
+from pingjia.recipe import Section
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
@@ -20,13 +21,22 @@ def rows(title: str) -> list[list[str]]:
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table]
 
 
+def defaults_of(model, before=""):
+    """(key, default) of settings; of a section inside them as outer.inner."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.default, Section):
+            yield from defaults_of(type(field.default), f"{before}{name}.")
+        else:
+            yield before + name, field.default
+
+
 def test_settings():
     shown = {key.strip("`"): default.strip("`") for key, default, _ in rows("Settings")}
-    actual = {name: field.default for name, field in GatewaySettings.model_fields.items()}
+    actual = dict(defaults_of(GatewaySettings))
     assert list(shown) == list(actual)
     for name, default in actual.items():
         if default not in (None, ()):
-            assert shown[name] == str(default).replace("True", "true"), name
+            assert shown[name] == str(default).replace("True", "true").replace("False", "false"), name
 
 
 def test_error_codes():
@@ -52,6 +62,6 @@ def test_accepted_fields(body):
 
 
 def test_endpoints(gateway):
-    shown = set(re.findall(r"`(?:GET|POST) (/[^`]*)`", "".join(row[0] for row in rows("Endpoints"))))
+    shown = set(re.findall(r"`(?:GET|POST|DELETE) (/[^`]*)`", "".join(row[0] for row in rows("Endpoints"))))
     served = {path.replace("{model_id}", "{id}") for path in gateway.http.get("/openapi.json").json()["paths"]}
     assert shown == served | {"/openapi.json"}
