@@ -116,8 +116,8 @@ def _require_floats(model: PreTrainedModel, base: str | Path) -> None:
     packed = next((m for m in model.modules() if isinstance(m, PackedLinear)), None)
     if packed is not None:
         raise ModelError(
-            f"{base} is packed to {packed.bits} bits and nothing is merged into it. Give the float base with --base; for "
-            "few bits with the adapter inside: pingjia quantize FLOAT_BASE --adapter ADAPTER --out DIR"
+            f"{base} is packed to {packed.bits} bits and nothing is merged into it. Give the float base with --base; "
+            "for few bits with the adapter inside: pingjia quantize FLOAT_BASE --adapter ADAPTER --out DIR"
         )
 
 
