@@ -25,51 +25,74 @@ struct Shape {
   int64_t tiles() const { return (n + kTileRows - 1) / kTileRows; }
 };
 
-// Four plain bytes (columns 8j..8j+7) <-> four tile bytes. Values + 8 on the tile's side.
-void pack_int4(Nibbles order, const uint8_t* plain, uint8_t* tile) {
-  uint8_t value[8];
-  for (int i = 0; i < 4; ++i) {
-    const uint8_t byte = order == Nibbles::kEvenHigh ? plain[i] ^ 0x88 : plain[i];
-    value[2 * i] = order == Nibbles::kEvenHigh ? byte >> 4 : byte & 0xf;
-    value[2 * i + 1] = order == Nibbles::kEvenHigh ? byte & 0xf : byte >> 4;
-  }
-  for (int i = 0; i < 4; ++i) tile[i] = static_cast<uint8_t>(value[i] | value[i + 4] << 4);
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "tiles are defined by the bytes of little-endian words");
+
+// Eight nibbles of a word, first half a0..a3, second half b0..b3 -> a0 b0 a1 b1 a2 b2 a3 b3, and back.
+uint32_t interleave(uint32_t x) {
+  x = (x & 0xff0000ff) | (x & 0x00ff0000) >> 8 | (x & 0x0000ff00) << 8;
+  return (x & 0xf00ff00f) | (x & 0x0f000f00) >> 4 | (x & 0x00f000f0) << 4;
 }
 
-void unpack_int4(Nibbles order, const uint8_t* tile, uint8_t* plain) {
-  uint8_t value[8];
-  for (int i = 0; i < 4; ++i) value[i] = tile[i] & 0xf, value[i + 4] = tile[i] >> 4;
-  for (int i = 0; i < 4; ++i) {
-    const uint8_t even = value[2 * i], odd = value[2 * i + 1];
-    const bool high = order == Nibbles::kEvenHigh;
-    plain[i] = static_cast<uint8_t>(high ? (even << 4 | odd) ^ 0x88 : odd << 4 | even);
-  }
+uint32_t separate(uint32_t x) {
+  x = (x & 0xf00ff00f) | (x & 0x0f000f00) >> 4 | (x & 0x00f000f0) << 4;
+  return (x & 0xff0000ff) | (x & 0x00ff0000) >> 8 | (x & 0x0000ff00) << 8;
+}
+
+// The published form of a word <-> columns in order, low nibble first, value + 8.
+uint32_t swap_form(uint32_t x) {
+  x ^= 0x88888888;
+  return (x & 0x0f0f0f0f) << 4 | (x & 0xf0f0f0f0) >> 4;
+}
+
+// Four plain bytes <-> four bytes of a tile.
+uint32_t pack_word(int bits, Nibbles order, uint32_t plain) {
+  if (bits == 8) return plain;
+  return interleave(order == Nibbles::kEvenHigh ? swap_form(plain) : plain);
+}
+
+uint32_t unpack_word(int bits, Nibbles order, uint32_t tile) {
+  if (bits == 8) return tile;
+  return order == Nibbles::kEvenHigh ? swap_form(separate(tile)) : separate(tile);
+}
+
+uint32_t load_word(const uint8_t* from, int64_t bytes, uint32_t word) {
+  if (bytes >= 4)
+    std::memcpy(&word, from, 4);
+  else if (bytes > 0)
+    std::memcpy(&word, from, static_cast<size_t>(bytes));
+  return word;
+}
+
+void store_word(uint8_t* to, int64_t bytes, uint32_t word) {
+  if (bytes >= 4)
+    std::memcpy(to, &word, 4);
+  else
+    std::memcpy(to, &word, static_cast<size_t>(bytes));
+}
+
+// Calls `body(chunk, lane)` in an order that reads and writes whole cache lines on both sides.
+template <class Body>
+void each_word(int64_t chunks, int64_t lanes, const Body& body) {
+  for (int64_t first = 0; first < chunks; first += kChunk / 4)
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      for (int64_t j = first; j < chunks && j < first + kChunk / 4; ++j) body(j, lane);
 }
 
 void pack_tile(int bits, Nibbles order, const Shape& s, int64_t tile, const uint8_t* plain, uint8_t* out) {
-  const uint8_t zero = bits == 8 || order == Nibbles::kEvenHigh ? 0x00 : 0x88;
-  for (int64_t lane = 0; lane < kTileRows; ++lane) {
+  const uint32_t zero = bits == 8 || order == Nibbles::kEvenHigh ? 0 : 0x88888888;
+  each_word(s.chunks, kTileRows, [&](int64_t j, int64_t lane) {
     const int64_t row = tile * kTileRows + lane;
-    for (int64_t j = 0; j < s.chunks; ++j) {
-      uint8_t four[4] = {zero, zero, zero, zero};
-      const int64_t left = row < s.n ? s.stored - 4 * j : 0;
-      if (left > 0) std::memcpy(four, plain + row * s.stored + 4 * j, static_cast<size_t>(left < 4 ? left : 4));
-      uint8_t* to = out + j * kChunk + lane * 4;
-      bits == 4 ? pack_int4(order, four, to) : static_cast<void>(std::memcpy(to, four, 4));
-    }
-  }
+    const uint8_t* from = plain + row * s.stored + 4 * j;
+    store_word(out + j * kChunk + lane * 4, 4, pack_word(bits, order, load_word(from, row < s.n ? s.stored - 4 * j : 0, zero)));
+  });
 }
 
 void unpack_tile(int bits, Nibbles order, const Shape& s, int64_t tile, const uint8_t* in, uint8_t* plain) {
-  for (int64_t lane = 0; lane < kTileRows && tile * kTileRows + lane < s.n; ++lane) {
-    for (int64_t j = 0; 4 * j < s.stored; ++j) {
-      uint8_t four[4];
-      const uint8_t* from = in + j * kChunk + lane * 4;
-      bits == 4 ? unpack_int4(order, from, four) : static_cast<void>(std::memcpy(four, from, 4));
-      const int64_t left = s.stored - 4 * j;
-      std::memcpy(plain + (tile * kTileRows + lane) * s.stored + 4 * j, four, static_cast<size_t>(left < 4 ? left : 4));
-    }
-  }
+  const int64_t row = tile * kTileRows, rows = s.n - row < kTileRows ? s.n - row : kTileRows;
+  each_word((s.stored + 3) / 4, rows, [&](int64_t j, int64_t lane) {
+    const uint32_t word = unpack_word(bits, order, load_word(in + j * kChunk + lane * 4, 4, 0));
+    store_word(plain + (row + lane) * s.stored + 4 * j, s.stored - 4 * j, word);
+  });
 }
 
 float scale_at(const Matrix& w, int64_t row, int64_t group) {
@@ -79,18 +102,23 @@ float scale_at(const Matrix& w, int64_t row, int64_t group) {
   return half_to_float(static_cast<const uint16_t*>(w.scales)[at]);
 }
 
+// Columns [first, last) of one row, all under one scale. `in` is the row's first four bytes.
+void dequantize_columns(const Matrix& w, const uint8_t* in, int64_t first, int64_t last, float scale, float* out) {
+  float values[16];  // of a nibble
+  for (int i = 0; i < 16; ++i) values[i] = scale * static_cast<float>(i - 8);
+  for (int64_t c = first; c < last; c += 4) {
+    const uint8_t* four = w.bits == 4 ? in + c / 8 * kChunk : in + c / 4 * kChunk;
+    const int shift = c % 8, columns = last - c < 4 ? static_cast<int>(last - c) : 4;  // high nibbles: columns 4..7
+    for (int k = 0; k < columns; ++k)
+      out[c + k] = w.bits == 4 ? values[four[k] >> shift & 0xf] : scale * static_cast<float>(static_cast<int8_t>(four[k]));
+  }
+}
+
 void dequantize_row(const Matrix& w, int64_t row, float* out) {
   const Shape s(w.bits, w.n, w.m);
   const uint8_t* in = w.tiles + row / kTileRows * s.chunks * kChunk + row % kTileRows * 4;
-  for (int64_t first = 0, group = 0; first < w.m; first += w.group, ++group) {
-    const float scale = scale_at(w, row, group);
-    const int64_t last = first + w.group < w.m ? first + w.group : w.m;
-    for (int64_t c = first; c < last; ++c) {
-      const uint8_t byte = in[c / s.columns * kChunk + c % 4];
-      const int nibble = (c % 8 < 4 ? byte & 0xf : byte >> 4) - 8;
-      out[c] = scale * static_cast<float>(w.bits == 4 ? nibble : static_cast<int8_t>(byte));
-    }
-  }
+  for (int64_t first = 0, group = 0; first < w.m; first += w.group, ++group)
+    dequantize_columns(w, in, first, first + w.group < w.m ? first + w.group : w.m, scale_at(w, row, group), out);
 }
 
 }  // namespace
