@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from pingjia.cli.budgets import spent_by_key, split_prices
 from pingjia.cli.console import errors
 from pingjia.cli.serve import settings_of
 from pingjia.cli.worker import REDIS_HELP, needed_url
@@ -24,7 +25,7 @@ def gateway(
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
     served_model_name: Annotated[str | None, typer.Option(help="What the base model is called outside.")] = None,
     ledger: Annotated[Path | None, typer.Option(help="Append what was spent to this file.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="serve.KEY=VALUE, as in a recipe.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="serve.KEY=VALUE or cost.KEY=VALUE.")] = None,
 ) -> None:
     """Take requests and put them into the queue, until SIGTERM or Ctrl-C. `pingjia worker` answers them."""
     from pingjia import gateway as room
@@ -34,11 +35,13 @@ def gateway(
     from pingjia.queue.opening import check_redis
 
     given: dict[str, object] = {"host": host, "port": port, "served_model_name": served_model_name}
-    settings, _ = settings_of(overrides or [], {**given, "redis_url": redis_url or None})
+    others, prices = split_prices(overrides or [])
+    settings, _ = settings_of(others, {**given, "redis_url": redis_url or None})
     room.preflight(settings)
+    spent = spent_by_key(settings, prices, ledger)
     check_redis(needed_url(settings.redis_url))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     app = room.create_app(
-        None, load_tokenizer(locate_model(model)), settings, ledger=Ledger(ledger) if ledger else None
+        None, load_tokenizer(locate_model(model)), settings, ledger=Ledger(ledger) if ledger else None, spent=spent
     )
     room.serve(app, settings, on_ready=lambda url: errors.print(f"serving at {url}/v1", markup=False))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pingjia.cli.budgets import split_prices
 from pingjia.cli.console import console, errors
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def show_usage(
     """What keys have asked and spent this month (UTC)."""
     from pingjia.cost.prices import resolve
     from pingjia.cost.spending import Spending, Spent
-    from pingjia.errors import DataError
+    from pingjia.errors import DataError, RecipeError
     from pingjia.gateway.keys import KeyFile
 
     path = ledger / "ledger.jsonl" if ledger.is_dir() else ledger
@@ -103,7 +104,10 @@ def show_usage(
         raise DataError(f"{path}: no ledger here; serve writes one with --ledger FILE")
     keys = KeyFile(file)
     chosen = [keys.named(name)] if name else keys.read()
-    spending = Spending(path, resolve(cost_settings(overrides or [])))
+    others, prices = split_prices(overrides or [])
+    if others:
+        raise RecipeError(f"--set {others[0]}: only cost.KEY=VALUE has a meaning here")
+    spending = Spending(path, resolve(prices))
     spent = spending.everyone()
     rows = [_usage(key, spent.get(key.id, Spent()), spending.prices.currency) for key in chosen]
     if as_json:
@@ -111,20 +115,6 @@ def show_usage(
         return
     for row in rows:
         console.print(_usage_line(row), markup=False)
-
-
-def cost_settings(overrides: list[str]) -> Any:
-    """The section `cost:` from `cost.KEY=VALUE` overrides."""
-    from pingjia import recipe as recipes
-    from pingjia.cost.settings import CostSettings
-
-    class Prices(recipes.Section):
-        cost: CostSettings = CostSettings()
-
-    raw: dict[str, Any] = {}
-    for override in overrides:
-        recipes.assign(raw, *recipes.split_override(override))
-    return recipes.build(raw, Prices, flat=(), name="--set").cost
 
 
 def _plain(key: Key) -> dict[str, Any]:

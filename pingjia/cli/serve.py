@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 
 from pingjia import recipe as recipes
+from pingjia.cli.budgets import spent_by_key, split_prices
 from pingjia.cli.console import errors
+from pingjia.cost.settings import CostSettings
 from pingjia.engine.settings import EngineSettings
 from pingjia.errors import UserError
 from pingjia.gateway.settings import GatewaySettings
@@ -38,7 +40,8 @@ def serve(
     bits: Annotated[int | None, typer.Option(help=BITS_HELP)] = None,
     ledger: Annotated[Path | None, typer.Option(help="Append what was spent to this file.")] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="serve.KEY=VALUE or engine.KEY=VALUE, as in a recipe.")
+        list[str] | None,
+        typer.Option("--set", help="serve.KEY=VALUE, engine.KEY=VALUE or cost.KEY=VALUE, as in a recipe."),
     ] = None,
 ) -> None:
     """Serve a model, with its adapters, until SIGTERM or Ctrl-C. Answers in work are finished first.
@@ -50,12 +53,14 @@ def serve(
     given["redis_url"] = redis_url
     if len(adapters) == 1:
         given["default_model"] = next(iter(adapters))
-    gateway_settings, engine_settings = settings_of(overrides or [], given)
+    others, prices = split_prices(overrides or [])
+    gateway_settings, engine_settings = settings_of(others, given)
     run_server(
         model,
         adapters=adapters,
         gateway_settings=gateway_settings,
         engine_settings=engine_settings,
+        cost_settings=prices,
         dtype=dtype,
         device=device,
         bits=bits,
@@ -69,6 +74,7 @@ def run_server(
     adapters: dict[str, Path],
     gateway_settings: GatewaySettings,
     engine_settings: EngineSettings,
+    cost_settings: CostSettings | None = None,
     dtype: str = "auto",
     device: str = "auto",
     bits: int | None = None,
@@ -82,6 +88,7 @@ def run_server(
     from pingjia.worker import Worker
 
     gateway.preflight(gateway_settings)
+    spent = spent_by_key(gateway_settings, cost_settings or CostSettings(), ledger_file)
     if gateway_settings.redis_url is not None:
         check_redis(gateway_settings.redis_url)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -99,7 +106,12 @@ def run_server(
         worker.start()
         try:
             app = gateway.create_app(
-                worker, engine.tokenizer, gateway_settings, seats=engine_settings.max_num_seqs, ledger=ledger
+                worker,
+                engine.tokenizer,
+                gateway_settings,
+                seats=engine_settings.max_num_seqs,
+                ledger=ledger,
+                spent=spent,
             )
             gateway.serve(
                 app, gateway_settings, on_ready=lambda url: errors.print(f"serving at {url}/v1", markup=False)

@@ -19,6 +19,7 @@ from pingjia.engine.lora import AdapterRows, attach, detach
 from pingjia.engine.token_rows import attach_rows, detach_rows
 from pingjia.errors import ModelError, ModelNotFound
 from pingjia.models import base_fingerprint
+from pingjia.models.digest import weights_digest
 from pingjia.types import ModelCard
 
 
@@ -49,6 +50,7 @@ class Served:
         self._limits = limits
         self.rows = AdapterRows()
         self._fingerprint = base_fingerprint(base.model)
+        self._digest = weights_digest(base.model)
         self._created = int(time.time())
         self._adapters: dict[str, tuple[Adapter, int]] = {}
         self._attached: set[str] = set()
@@ -56,9 +58,9 @@ class Served:
     def cards(self) -> list[ModelCard]:
         """The base first, then the adapters in the order they were loaded."""
         base = self.base
-        own = ModelCard(base.name, base.root, None, self._max_model_len, self._created)
+        own = ModelCard(base.name, base.root, None, self._max_model_len, self._created, self._digest)
         return [own] + [
-            ModelCard(name, str(adapter.path), base.name, self._max_model_len, created)
+            ModelCard(name, str(adapter.path), base.name, self._max_model_len, created, adapter.digest)
             for name, (adapter, created) in list(self._adapters.items())
         ]
 
