@@ -17,10 +17,11 @@ from starlette.middleware.cors import CORSMiddleware
 from pingjia import __version__
 from pingjia.chat.tokenizer import Tokenizer
 from pingjia.errors import UserError
-from pingjia.gateway import cache_routes, errors, routes
+from pingjia.gateway import cache_routes, errors, job_routes, routes
 from pingjia.gateway.access_log import AccessLog
 from pingjia.gateway.auth import Auth, KeyRing, load_keys
 from pingjia.gateway.body_limit import BodyLimit
+from pingjia.gateway.jobs import Jobs
 from pingjia.gateway.request_id import RequestId
 from pingjia.gateway.response_headers import ResponseHeaders
 from pingjia.gateway.roads import Roads, limits_of
@@ -70,12 +71,14 @@ def create_app(
         middleware=_middleware(service, keys),
     )
     app.state.service = service
+    app.state.jobs = Jobs(service)
     errors.install(app)
     app.include_router(routes.health_router)
     # Checks nothing (`Auth` does, before the body is read), but puts the scheme into the OpenAPI document.
     locks = [] if keys.is_open else [Depends(HTTPBearer(auto_error=False))]
     app.include_router(routes.router, dependencies=locks)
     app.include_router(cache_routes.router, dependencies=locks)
+    app.include_router(job_routes.router, dependencies=locks)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -118,6 +121,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     service: Service = app.state.service
     await service.roads.start()
     yield
+    await app.state.jobs.close()
     await service.roads.stop()
     await service.guard.close()
     await service.cache.close()

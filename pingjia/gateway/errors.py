@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pingjia.errors import EngineError, ModelNotFound, Overloaded, PingjiaError, RequestError
+from pingjia.errors import EngineError, ModelNotFound, Overloaded, PingjiaError, RequestError, StorageError
 from pingjia.queue.policy import ShareExceeded
 from pingjia.queue.protocol import QueueLost
 
@@ -31,6 +31,14 @@ CLIENT_CLOSED = 499
 
 class Unauthorized(PingjiaError):
     """No key, or none that we know. HTTP 401."""
+
+
+class JobNotFound(PingjiaError):
+    """No job, batch or file of that id is this tenant's. HTTP 404."""
+
+
+class IdempotencyConflict(PingjiaError):
+    """The same Idempotency-Key with another body. HTTP 409."""
 
 
 class BodyTooLarge(PingjiaError):
@@ -91,6 +99,9 @@ class Failure:
 
 _PLAIN: dict[type[Exception], tuple[int, str, str]] = {
     Unauthorized: (401, "authentication_error", "invalid_api_key"),
+    JobNotFound: (404, "invalid_request_error", "not_found"),
+    IdempotencyConflict: (409, "invalid_request_error", "idempotency_conflict"),
+    StorageError: (507, "server_error", "storage_full"),
     BodyTooSlow: (408, "invalid_request_error", "body_timeout"),
     BodyTooLarge: (413, "invalid_request_error", "body_too_large"),
     WrongContentType: (415, "invalid_request_error", "unsupported_media_type"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -156,3 +156,15 @@ class ErrorBody(Out):
 
 class ErrorEnvelope(Out):
     error: ErrorBody
+
+
+class JobOut(Out):
+    """An asynchronous request. `result` is what its endpoint would have answered."""
+
+    id: str
+    object: Literal["job"]
+    status: Literal["queued", "running", "completed", "failed", "cancelled"]
+    created_at: int
+    model: str
+    result: dict[str, Any] | None = None
+    error: ErrorBody | None = None

@@ -17,8 +17,8 @@ from pingjia.gateway.admission import Admission
 from pingjia.gateway.settings import GatewaySettings
 from pingjia.queue.backend import QueueBackend
 from pingjia.queue.job import Job, Rank
+from pingjia.queue.opening import Shelf
 from pingjia.queue.policy import ArrivalRate, Limits
-from pingjia.queue.protocol import Queue
 from pingjia.queue.puller import Puller
 from pingjia.types import Backend, Request
 
@@ -50,7 +50,7 @@ class Roads:
     def __init__(
         self,
         backend: Backend | None,
-        queue: Queue,
+        queue: Shelf,
         settings: GatewaySettings,
         *,
         seats: int,
@@ -58,6 +58,7 @@ class Roads:
     ) -> None:
         name = f"{secrets.token_hex(6)}"
         self.queued = QueueBackend(queue, owner=f"gateway-{name}", watch_s=min(0.5, settings.queue_lease_s / 4))
+        self.queue = queue
         self.admission = Admission(settings.max_concurrent)
         self.arrivals = ArrivalRate()
         self.num_taken = {"direct": 0, "queue": 0}
@@ -97,11 +98,11 @@ class Roads:
 
     # ---- a request
 
-    def choose(self) -> Road:
+    def choose(self, *, must_queue: bool = False) -> Road:
         """The road of a request that comes now."""
         now = self._clock()
         self.arrivals.add(now)
-        if self._backend is None or self._settings.queue_above_rps == 0:
+        if must_queue or self._backend is None or self._settings.queue_above_rps == 0:
             return "queue"
         return "queue" if self.arrivals.per_s(now) > self._settings.queue_above_rps else "direct"
 

@@ -7,10 +7,12 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from pingjia.errors import RequestError
 from pingjia.gateway import chat, completions, demo
-from pingjia.gateway.ask import choose
+from pingjia.gateway.ask import Ask, choose
 from pingjia.gateway.bodies import ChatBody, CompletionBody, DemoBody
 from pingjia.gateway.errors import WrongContentType
+from pingjia.gateway.jobs import Jobs, Kind
 from pingjia.gateway.keys import NOBODY, Key
 from pingjia.gateway.reply import stream_reply, whole_reply
 from pingjia.gateway.responses import (
@@ -19,6 +21,7 @@ from pingjia.gateway.responses import (
     DemoAnswer,
     ErrorEnvelope,
     Health,
+    JobOut,
     ModelList,
     ModelOut,
     TextCompletion,
@@ -33,6 +36,7 @@ _REASONS = {
     403: "this key may not do that",
     404: "no such model",
     408: "the body came too slowly",
+    409: "the same Idempotency-Key with another body",
     413: "the body is too large",
     415: "the body is not declared as JSON",
     429: "a limit or the budget of the key is used up; with Retry-After where waiting helps",
@@ -61,6 +65,9 @@ STREAMED = (ChatChunk,)
 """Models that only events have, so that FastAPI does not find them by itself."""
 
 _ANSWER_ERRORS = errors_of(*(status for status in _REASONS if status != 403))
+_ACCEPTED: dict[int | str, dict[str, Any]] = {
+    202: {"model": JobOut, "description": "with the header Prefer: respond-async; Location has the job"}
+}
 router = APIRouter()
 health_router = APIRouter()
 
@@ -70,7 +77,8 @@ def _service(request: Request) -> Service:
     return service
 
 
-def _caller(request: Request) -> Caller:
+def caller_of(request: Request) -> Caller:
+    """Who asks, and how."""
     state = request.scope["state"]
     key = state.get("key", NOBODY)
     caller = Caller(state["request_id"], key, _rank(key), cache_control=request.headers.get("cache-control", ""))
@@ -98,13 +106,15 @@ _JSON = [Depends(_json_only)]
 @router.post(
     "/v1/chat/completions",
     response_model=ChatCompletion,
-    responses={**_events(ChatChunk), **_ANSWER_ERRORS},
+    responses={**_events(ChatChunk), **_ACCEPTED, **_ANSWER_ERRORS},
     dependencies=_JSON,
 )
 async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Answer a conversation."""
-    service, caller = _service(request), _caller(request)
+    service, caller = _service(request), caller_of(request)
     ask = service.front.apply(chat.understand(body, service), body.model, caller.headers)
+    if _is_asynchronous(request, body):
+        return await _accepted(request, ask, "chat", caller)
     shape = chat.ChatShape(ask, service.tokenizer, include_usage=_wants_usage(body))
     return (stream_reply if body.stream else whole_reply)(service, ask, caller, shape)
 
@@ -112,13 +122,15 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
 @router.post(
     "/v1/completions",
     response_model=TextCompletion,
-    responses={**_events(TextCompletion), **_ANSWER_ERRORS},
+    responses={**_events(TextCompletion), **_ACCEPTED, **_ANSWER_ERRORS},
     dependencies=_JSON,
 )
 async def text_completions(body: CompletionBody, request: Request) -> Response:
     """Continue raw text."""
-    service, caller = _service(request), _caller(request)
+    service, caller = _service(request), caller_of(request)
     ask = completions.understand(body, service)
+    if _is_asynchronous(request, body):
+        return await _accepted(request, ask, "completion", caller)
     shape = completions.CompletionShape(ask, service.tokenizer, include_usage=_wants_usage(body))
     return (stream_reply if body.stream else whole_reply)(service, ask, caller, shape)
 
@@ -126,7 +138,7 @@ async def text_completions(body: CompletionBody, request: Request) -> Response:
 @router.post("/", response_model=DemoAnswer, responses=_ANSWER_ERRORS, dependencies=_JSON)
 async def chatglm_demo(body: DemoBody, request: Request) -> Response:
     """Answer in the form of ChatGLM-6B's demo server."""
-    service, caller = _service(request), _caller(request)
+    service, caller = _service(request), caller_of(request)
     return whole_reply(service, demo.understand(body, service), caller, demo.DemoShape(body))
 
 
@@ -191,6 +203,24 @@ def _model_out(card: ModelCard) -> ModelOut:
         parent=card.parent,
         max_model_len=card.max_model_len,
     )
+
+
+def _is_asynchronous(request: Request, body: ChatBody | CompletionBody) -> bool:
+    wishes = {wish.strip().lower() for wish in request.headers.get("prefer", "").split(",")}
+    if "respond-async" not in wishes:
+        return False
+    if body.stream:
+        raise RequestError(
+            "stream: true and Prefer: respond-async contradict each other; leave one out", param="stream"
+        )
+    return True
+
+
+async def _accepted(request: Request, ask: Ask, kind: Kind, caller: Caller) -> Response:
+    jobs: Jobs = request.app.state.jobs
+    job = await jobs.accept(ask, kind, caller, await request.body(), request.headers.get("idempotency-key", ""))
+    headers = {"location": f"/v1/jobs/{job.id}", "preference-applied": "respond-async"}
+    return Response(job.dump(), status_code=202, media_type="application/json", headers=headers)
 
 
 def _wants_usage(body: ChatBody | CompletionBody) -> bool:

@@ -51,6 +51,8 @@ class Caller:
     account: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     cache_control: str = ""
+    must_queue: bool = False
+    deadline_s: float | None = None  # instead of the settings'
 
     @property
     def key_id(self) -> str:
@@ -122,8 +124,11 @@ class Service:
         return served(self.backend.models(), self.settings)
 
     def card(self, name: str | None) -> ModelCard:
-        """The model a request means. Raises ModelNotFound or RequestError."""
-        return choose(self.cards(), name, self.settings)
+        """The model a request means. Raises ModelNotFound, RequestError, or NotReady while nothing is served."""
+        cards = self.cards()
+        if not cards:
+            raise NotReady("no worker has said yet what it serves; GET /health/ready says when")
+        return choose(cards, name, self.settings)
 
     def is_ready(self) -> bool:
         """True when a new request would be taken on and could be answered."""
@@ -135,15 +140,14 @@ class Service:
 
         Raises NotReady, Overloaded, RequestError or PromptTooLong before anything was computed.
         """
-        started, deadline = self.clock(), asyncio.get_running_loop().time() + self.settings.deadline_s
+        started = self.clock()
+        deadline = asyncio.get_running_loop().time() + (caller.deadline_s or self.settings.deadline_s)
         if not self.is_ready():
             raise NotReady("the model cannot answer now (starting, stopping or stuck); GET /health/ready says when")
         async with self.guard.visit(caller.key, ask.card.id, ask.num_choices, caller.headers) as visit:
-            road = self.roads.choose()
+            road = self.roads.choose(must_queue=caller.must_queue)
             async with self.roads.slots(road, ask.num_choices):
-                requests = requests_of(
-                    ask, [await self._ids(prompt, ask.prompt_field) for prompt in ask.prompts], self.settings
-                )
+                requests = requests_of(ask, await self.prompt_ids(ask), self.settings)
                 await self.guard.reserve(visit, requests)
                 left_s = deadline - asyncio.get_running_loop().time()
                 way = partial(self.roads.open, road, turn=Turn(caller.key_id, caller.rank, left_s))
@@ -151,6 +155,14 @@ class Service:
                     answer = Answer(source, requests, choices_per_prompt=ask.n, deadline=deadline, clock=self.clock)
                     async with self._running(Work(ask, caller, source, answer, visit, started)):
                         yield answer
+
+    async def prompt_ids(self, ask: Ask) -> list[tuple[int, ...]]:
+        """The token ids of all prompts. Raises RequestError."""
+        return [await self._ids(prompt, ask.prompt_field) for prompt in ask.prompts]
+
+    def takes_on(self) -> bool:
+        """False once the server is stopping."""
+        return not self._draining
 
     def start_draining(self) -> None:
         """Take on nothing new; what is in work goes on."""
@@ -216,7 +228,7 @@ class Service:
         self.metrics.on_answer(work.ask.card.id, work.answer.tallies, reason, work.started, ended)
         self.metrics.on_share(caller.key_id, share_s)
         caller.account.update(note, prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
-        self._append(
+        self.append(
             Fact(
                 kind="serve.request",
                 seconds=round(ended - work.started, 6),
@@ -229,7 +241,8 @@ class Service:
             )
         )
 
-    def _append(self, fact: Fact) -> None:
+    def append(self, fact: Fact) -> None:
+        """Write a fact into the ledger, or into the log when that refuses."""
         if self._ledger is None:
             return
         try:

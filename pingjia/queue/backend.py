@@ -28,6 +28,7 @@ class QueueBackend:
         self.snapshot = QueueStats()
         self.is_lost = False
         self._watch_s = watch_s
+        self._models: list[ModelCard] = []
         self._wanted: set[str] = set()  # submitted here, not ended
 
     async def keep_watch(self) -> None:
@@ -50,10 +51,12 @@ class QueueBackend:
             log.exception("the queue could not be looked at")
 
     def models(self) -> list[ModelCard]:
-        """What every worker serves: a request may go to any of them."""
-        cards = [worker.models for worker in self.snapshot.workers]
-        common = set.intersection(*({card.id for card in models} for models in cards)) if cards else set()
-        return [card for card in cards[0] if card.id in common] if cards else []
+        """What every worker serves: a request may go to any of them. Without workers, what they served last."""
+        cards = [worker.models for worker in self.snapshot.workers if worker.models]
+        if cards:
+            common = set.intersection(*({card.id for card in models} for models in cards))
+            self._models = [card for card in cards[0] if card.id in common]
+        return self._models
 
     def stats(self) -> EngineStats:
         """The sum over the workers; seconds_since_step is the smallest."""

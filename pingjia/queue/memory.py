@@ -215,6 +215,9 @@ class MemoryQueue:
             await self.save(kind, record_id, text, tenant=tenant, keep_s=keep_s)
         return there
 
+    async def remove(self, kind: str, record_id: str) -> None:
+        self._records.pop((kind, record_id), None)
+
     async def load(self, kind: str, record_id: str, *, tenant: str) -> str | None:
         now = self._clock()
         for key in [key for key, (_, _, until) in self._records.items() if until <= now]:

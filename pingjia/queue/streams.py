@@ -166,6 +166,9 @@ class StreamQueue:
         set_it = await self._ask(lambda: self._redis.set(key, value, px=int(keep_s * 1000), nx=True), self._patience_s)
         return None if set_it else await self.load(kind, record_id, tenant=tenant)
 
+    async def remove(self, kind: str, record_id: str) -> None:
+        await self._ask(lambda: self._redis.delete(f"{self._prefix}record:{kind}:{record_id}"), self._patience_s)
+
     async def load(self, kind: str, record_id: str, *, tenant: str) -> str | None:
         key = f"{self._prefix}record:{kind}:{record_id}"
         value = await self._ask(lambda: self._redis.get(key), self._patience_s)

@@ -55,6 +55,8 @@ def test_all_endpoints_are_there_and_422_is_nowhere(document):
         ("get", "/health/ready"),
         ("get", "/metrics"),
         ("delete", "/v1/cache"),
+        ("get", "/v1/jobs/{id}"),
+        ("delete", "/v1/jobs/{id}"),
     }
     assert "422" not in json.dumps(document)
     assert "HTTPValidationError" not in document["components"]["schemas"]
