@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -34,11 +37,13 @@ _spec.loader.exec_module(fakes)
 class Gateway:
     """A server in a thread."""
 
-    def __init__(self, settings: GatewaySettings, ledger: Ledger | None = None, backend: Any = None) -> None:
+    def __init__(
+        self, settings: GatewaySettings, ledger: Ledger | None = None, backend: Any = None, **options: Any
+    ) -> None:
         self.backend = backend or fakes.FakeBackend()
         self.tokenizer = fakes.ByteTokenizer()
         self.ledger = ledger
-        self.app = create_app(self.backend, self.tokenizer, settings, ledger=ledger)
+        self.app = create_app(self.backend, self.tokenizer, settings, ledger=ledger, **options)
         sock = _listen("127.0.0.1", 0)
         self.port = sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -112,8 +117,8 @@ def gateway(_shared: Gateway) -> Iterator[Gateway]:
 def _starter() -> Iterator[Callable[..., Gateway]]:
     started: list[Gateway] = []
 
-    def start(ledger: Ledger | None = None, backend: Any = None, **settings: Any) -> Gateway:
-        started.append(Gateway(GatewaySettings(port=0, access_log=False, **settings), ledger, backend))
+    def start(ledger: Ledger | None = None, backend: Any = None, spent: Any = None, **settings: Any) -> Gateway:
+        started.append(Gateway(GatewaySettings(port=0, access_log=False, **settings), ledger, backend, spent=spent))
         return started[-1]
 
     yield start
@@ -138,3 +143,48 @@ def start_for_module() -> Iterator[Callable[..., Gateway]]:
 @pytest.fixture
 def eventually() -> Callable[..., None]:
     return wait_until
+
+
+class Redis:
+    """A redis-server on a free port, without files, that can be stopped, frozen and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(["redis-server", *self.options], stdout=subprocess.DEVNULL)
+        wait_until(self._answers, "redis-server answers", 10)
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as sock:
+                sock.sendall(b"PING\r\n")
+                return sock.recv(16).startswith(b"+PONG")
+        except OSError:
+            return False
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[Redis]:
+    """A redis-server for one test."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("NOT TESTED: there is no redis-server here; see tests/debian-packages.txt")
+    server = Redis(tmp_path)
+    server.start()
+    yield server
+    server.stop()
