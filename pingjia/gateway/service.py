@@ -24,6 +24,7 @@ from pingjia.gateway.guard import Guard, Spent, Visit
 from pingjia.gateway.keys import NOBODY, Key
 from pingjia.gateway.language import LanguageFront, Refusal
 from pingjia.gateway.metrics import Metrics
+from pingjia.gateway.queue_metrics import QueueCollector
 from pingjia.gateway.rate_limits import RateLimits
 from pingjia.gateway.roads import Roads, Turn
 from pingjia.gateway.settings import GatewaySettings
@@ -108,6 +109,7 @@ class Service:
         self.tokenizer = tokenizer
         self.settings = settings
         self.metrics = Metrics(roads.known.stats)
+        self.metrics.registry.register(QueueCollector(roads))
         self._ledger = ledger
         self.clock = clock
         rates = RateLimits(settings.redis_url, local_share=settings.local_limit_share, clock=clock)
