@@ -60,7 +60,7 @@ class Answer:
 
     def __init__(self, sampling: Sampling, stop_ids: frozenset[int], decoder: StreamDecoder, num_prompt: int) -> None:
         self._max_tokens = sampling.max_tokens
-        self._stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else stop_ids)
+        self.stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else stop_ids)
         self._decoder = decoder
         self._min_tokens = sampling.min_tokens
         self._stops = StopStrings(sampling.stop, keeps=sampling.include_stop_str_in_output)
@@ -71,7 +71,7 @@ class Answer:
         """The chunk of the next token; its text may be empty while characters or stop strings are incomplete."""
         self._num_tokens += 1
         reason: FinishReason | None = None
-        if pick.token_id in self._stop_ids:
+        if pick.token_id in self.stop_ids:
             text, reason = "", "stop"
         else:
             text, stopped = self._look(self._decoder.feed([pick.token_id]))

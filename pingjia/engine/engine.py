@@ -15,7 +15,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -28,6 +28,7 @@ from pingjia.engine import sequence as sequences
 from pingjia.engine.answer import Answer
 from pingjia.engine.backend import choose_backend
 from pingjia.engine.completions import Completions, OnDone
+from pingjia.engine.draft import Drafter, agreed
 from pingjia.engine.driver import Box, Driver, News
 from pingjia.engine.grammar import DeadEnd, Grammars
 from pingjia.engine.kv import LayerShape, free_bytes
@@ -45,6 +46,7 @@ from pingjia.models import Family, family_of, load_model, max_model_len, use_pac
 from pingjia.types import Chunk, Completion, EngineStats, ModelCard, Prompt, Request, Sampling, Usage
 
 _log = logging.getLogger(__name__)
+_CHEAP_ROWS = 16  # a step of so many rows reads the weights once and computes in about their shadow
 
 
 @dataclass(slots=True)
@@ -55,6 +57,7 @@ class _Live:
     sequence: sequences.Sequence
     sampler: Sampler
     answer: Answer
+    drafter: Drafter | None = None
     is_counted: bool = False
 
     @property
@@ -66,9 +69,38 @@ class _Live:
 class _Outcome:
     """What one step came to. `said`: every new token, those of followers included. `broken`: who failed, and why."""
 
-    done: list[tuple[Slice, int | None]] = field(default_factory=list)
+    done: list[tuple[Slice, list[int]]] = field(default_factory=list)
     said: list[tuple[_Live, Pick]] = field(default_factory=list)
     broken: list[tuple[_Live, str]] = field(default_factory=list)
+
+
+class _Rows:
+    """The rows of logits of a step: which are whose, which are sound, and where each is largest."""
+
+    def __init__(self, plan: list[Slice], sound: list[bool], best: list[int]) -> None:
+        ends = itertools.accumulate(piece.num_outputs for piece in plan)
+        self.first = {piece: end - piece.num_outputs for piece, end in zip(plan, ends, strict=True)}
+        self.best = best
+        self._sound = sound
+
+    def is_sound(self, piece: Slice) -> bool:
+        return all(self._sound[self.first[piece] : self.first[piece] + piece.num_outputs])
+
+    def chosen(self, piece: Slice) -> list[int]:
+        return self.best[self.first[piece] : self.first[piece] + piece.num_outputs]
+
+
+@contextmanager
+def _drafts_in_place(plan: list[Slice]) -> Iterator[None]:
+    """Put the drafts that a plan tries at the end of their sequences, for as long as the network reads them."""
+    for piece in plan:
+        piece.sequence.tokens += piece.sequence.drafts[: piece.num_drafts]
+    try:
+        yield
+    finally:
+        for piece in plan:
+            if piece.num_drafts:
+                del piece.sequence.tokens[-piece.num_drafts :]
 
 
 class Default(Enum):
@@ -127,6 +159,8 @@ class Engine:
         self._driver = Driver(self)
         self._stats = EngineStats(kv_tokens_total=self.limits.kv_cache_tokens)
         self._last_step_at = time.monotonic()
+        self._looks_up = settings.prompt_lookup == "auto"
+        self.num_guesses = self.num_right_guesses = 0
         self.step_tokens: dict[str, int] = {}
         """Tokens computed for each request in the latest step."""
         self.default_adapter: str | None = None
@@ -277,7 +311,10 @@ class Engine:
                 prefix_len=self._prefix_len(prompt_ids),
                 adapter=digest,
             )
-            self._live[request.id] = _Live(request, sequence, *self._sayer(request))
+            live = _Live(request, sequence, *self._sayer(request))
+            if self._looks_up and live.sampler.is_argmax and request.sampling.logprobs is None:
+                live.drafter = Drafter()
+            self._live[request.id] = live
             self._scheduler.add(sequence)
 
     def _sayer(self, request: Request) -> tuple[Sampler, Answer]:
@@ -359,6 +396,7 @@ class Engine:
 
     def _step(self) -> list[tuple[str, Chunk]]:
         started, self.step_tokens = time.monotonic(), {}
+        self._guess()
         plan = self._scheduler.plan()  # pure: who runs, how many tokens each
         if not plan:
             return []
@@ -368,21 +406,33 @@ class Engine:
         self._count(plan, outcome, started)
         return [*self._report(outcome), *(self._fail(live, error) for live, error in outcome.broken)]
 
+    def _guess(self) -> None:
+        """Let greedy answers guess at their next tokens, as long as the step stays small enough to be cheap."""
+        decoding = [s for s in self._scheduler.running if s.remaining == 1 and s.num_tokens > s.num_prompt]
+        room = _CHEAP_ROWS // len(decoding) - 1 if decoding else 0
+        for sequence in decoding:
+            live = self._live[sequence.id]
+            if live.drafter is not None:
+                left = live.request.sampling.max_tokens - (sequence.num_tokens - sequence.num_prompt) - 1
+                sequence.drafts = live.drafter.propose(sequence.tokens, min(room, left))
+
     @torch.inference_mode()
     def _compute(self, plan: list[Slice]) -> _Outcome:
         """Run the plan and choose tokens; tell the slices that went well from those that did not."""
         try:
-            logits = self._runner.run(plan)
-            sound, best = self._runner.judge(logits)
-            speakers = [(row, live) for row, piece in enumerate(plan) if sound[row] for live in self._speakers(piece)]
-            rows = [row for row, _ in speakers]
-            used = logits if rows == list(range(len(plan))) else logits[rows]
-            picks = pick(used, [live.sampler for _, live in speakers], [best[row] for row in rows])
+            with _drafts_in_place(plan):
+                logits = self._runner.run(plan)
+            rows = _Rows(plan, *self._runner.judge(logits))
+            plain = [piece for piece in plan if rows.is_sound(piece) and not piece.num_drafts]
+            speakers = [(rows.first[piece], live) for piece in plain for live in self._speakers(piece)]
+            indices = [row for row, _ in speakers]
+            used = logits if indices == list(range(len(logits))) else logits[indices]
+            picks = pick(used, [live.sampler for _, live in speakers], [rows.best[row] for row in indices])
         except Exception as e:  # whatever a network, a kernel or the allocator raises must not end the engine
             _log.exception("a step of %d requests failed", len(plan))
             why = f"the engine failed: {type(e).__name__}: {_first_line(e)}"
             return _Outcome(broken=[(self._live[piece.sequence.id], why) for piece in plan])
-        return self._sorted_out(plan, sound, [live for _, live in speakers], picks)
+        return self._sorted_out(plan, rows, [live for _, live in speakers], picks)
 
     def _speakers(self, piece: Slice) -> list[_Live]:
         """Who gets a token after this piece: its sequence, and at the end of a prompt all that follow it."""
@@ -390,7 +440,7 @@ class Engine:
         return [self._live[s.id] for s in (piece.sequence, *followers)] if piece.samples else []
 
     def _sorted_out(
-        self, plan: list[Slice], sound: list[bool], speakers: list[_Live], picks: list[Pick | DeadEnd]
+        self, plan: list[Slice], rows: _Rows, speakers: list[_Live], picks: list[Pick | DeadEnd]
     ) -> _Outcome:
         outcome = _Outcome()
         for live, picked in zip(speakers, picks, strict=True):
@@ -398,15 +448,26 @@ class Engine:
                 outcome.broken.append((live, f"the answer cannot go on as its grammar wants: {picked}"))
             else:
                 outcome.said.append((live, picked))
-        tokens = {live.request.id: picked.token_id for live, picked in outcome.said}
-        for row, piece in enumerate(plan):
-            token = tokens.get(piece.sequence.id)
-            if not sound[row]:
-                why = "the network's output is not a number for this request"
-                outcome.broken.append((self._live[piece.sequence.id], why))
-            elif token is not None or not piece.samples:
-                outcome.done.append((piece, token))
+        tokens = {live.request.id: [picked.token_id] for live, picked in outcome.said}
+        for piece in plan:
+            live = self._live[piece.sequence.id]
+            if not rows.is_sound(piece):
+                outcome.broken.append((live, "the network's output is not a number for this request"))
+                continue
+            if piece.num_drafts:
+                tokens[live.request.id] = self._say_agreed(live, piece, rows.chosen(piece), outcome)
+            if live.request.id in tokens or not piece.samples:
+                outcome.done.append((piece, tokens.get(live.request.id, [])))
         return outcome
+
+    def _say_agreed(self, live: _Live, piece: Slice, chosen: list[int], outcome: _Outcome) -> list[int]:
+        assert live.drafter is not None
+        said = agreed(piece.sequence.drafts[: piece.num_drafts], chosen, live.answer.stop_ids)
+        live.drafter.learn(piece.num_drafts, len(said) - 1)
+        self.num_guesses += piece.num_drafts
+        self.num_right_guesses += len(said) - 1
+        outcome.said += [(live, Pick(token, ends=live.sampler.record(token))) for token in said]
+        return said
 
     def _fork(self, outcome: _Outcome) -> None:
         """Let followers go on by themselves, while the pages of their leaders are still there."""
@@ -417,6 +478,8 @@ class Engine:
 
     def _report(self, outcome: _Outcome) -> Iterator[tuple[str, Chunk]]:
         for live, picked in outcome.said:
+            if live.request.id not in self._live:
+                continue  # it ended with an earlier token of this step
             try:
                 chunk = live.answer.push(picked, live.num_cached)
             except Exception as e:  # a token id that the tokenizer cannot decode

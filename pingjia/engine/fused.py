@@ -97,7 +97,7 @@ class FusedRunner:
 
     @torch.inference_mode()
     def run(self, slices: list[Slice]) -> torch.Tensor:
-        """Compute the slices; return the logits [len(slices), V] after the last token of each, in the order given."""
+        """Compute the slices; return the logits after the last token of each, in the order given; see Runner.run."""
         with self._adapter_rows.set(slices, slices, self._pool.device):
             x_TH = self._model.get_input_embeddings()(_token_ids(slices)).float().contiguous()
             step = _StepArrays(slices, x_TH, self._network.vocab, self._numbers, self._positions(slices))
@@ -159,19 +159,22 @@ class _StepArrays:
         )
         self.pieces[:, 0], self.pieces[:, 1], self.pieces[:, 4] = ends - lengths, lengths, first_pages
         self.pages = np.array([page for p in slices for page in p.sequence.pages], np.int32)
-        self.outputs = (ends - 1).astype(np.int32)
-        self.hidden = np.empty((len(slices), x_TH.shape[-1]), np.float32)
-        self.logits = np.empty((len(slices), vocab), np.float32)
-        self.best, self.finite = np.empty(len(slices), np.int32), np.empty(len(slices), np.int32)
+        rows = [np.arange(end - p.num_outputs, end) for p, end in zip(slices, ends, strict=True)]
+        self.outputs = np.concatenate(rows).astype(np.int32)
+        num_outputs = len(self.outputs)
+        self.hidden = np.empty((num_outputs, x_TH.shape[-1]), np.float32)
+        self.logits = np.empty((num_outputs, vocab), np.float32)
+        self.best, self.finite = np.empty(num_outputs, np.int32), np.empty(num_outputs, np.int32)
         self.x_TH, self.positions = x_TH, positions
         self.struct = abi.CStep(
-            x_TH.shape[-2], len(slices), len(slices), x_TH.data_ptr(), _at(positions), _at(self.pieces),
+            x_TH.shape[-2], len(slices), num_outputs, x_TH.data_ptr(), _at(positions), _at(self.pieces),
             _at(self.pages), _at(self.outputs), _at(self.hidden), _at(self.logits), _at(self.best), _at(self.finite),
         )  # fmt: skip
 
 
 def _at(array: np.ndarray | None) -> int | None:
-    return None if array is None else array.ctypes.data
+    # `array.ctypes.data` makes two objects on the way.
+    return None if array is None else array.__array_interface__["data"][0]
 
 
 # ---- the network as structs

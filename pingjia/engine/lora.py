@@ -45,7 +45,7 @@ class AdapterRows:
             key: slice(None) if len(index) == num_rows else torch.tensor(index, device=device)
             for key, index in _rows_of(rows).items()
         }
-        keys = [piece.sequence.adapter for piece in outputs]
+        keys = [piece.sequence.adapter for piece in outputs for _ in range(piece.num_outputs)]
         self.outputs = {
             key: torch.tensor([i for i, own in enumerate(keys) if own == key], device=device) for key in self.current
         }

@@ -24,17 +24,20 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, slices: list[Slice]) -> torch.Tensor:
-        """Compute the slices; return the logits [len(slices), V] after the last token of each, in the order given."""
+        """Compute the slices; return the logits after the last token of each, in the order given, as [S, V].
+
+        A slice with drafts gives a row for each of them and one for the token before the first.
+        """
         device = self._pool.device
         batch = PagedBatch(self._pool, slices)
         ends = dict(zip(batch.rows, accumulate(piece.num_tokens for piece in batch.rows), strict=True))
-        last_rows = torch.tensor([ends[piece] - 1 for piece in slices], device=device)
+        rows = [row for piece in slices for row in range(ends[piece] - piece.num_outputs, ends[piece])]
         with self._adapter_rows.set(batch.rows, slices, device):
             output = self._model(
                 input_ids=_input_ids(batch.rows).to(device),
                 position_ids=self._positions(batch.rows).to(device),
                 packed=batch,
-                logits_to_keep=last_rows,
+                logits_to_keep=torch.tensor(rows, device=device),
                 use_cache=False,
             )
         return output.logits[0]

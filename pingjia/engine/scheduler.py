@@ -100,22 +100,23 @@ class Scheduler:
         """Choose the next step: decodes first, then prompts by age within the token budget. Empty only when idle."""
         self._plan = {}
         self._decode()
-        budget = max(self.seats.max_num_batched_tokens - len(self._plan), 1)
+        budget = max(self.seats.max_num_batched_tokens - sum(p.num_tokens for p in self._plan.values()), 1)
         self._prefill(budget - self._overtake(budget // 2))
         return list(self._plan.values())
 
-    def commit(self, done: Iterable[tuple[Slice, int | None]]) -> None:
-        """Record what was computed: slices of the last plan, each with the token sampled after it, if it samples.
+    def commit(self, done: Iterable[tuple[Slice, list[int]]]) -> None:
+        """Record what was computed: slices of the last plan, each with the tokens that follow it, if it samples.
 
-        A slice left out has failed. Its sequence must be dropped: its keys and values never become findable.
+        Of a slice with drafts these are the drafts that were right, and one more. A slice left out has failed. Its
+        sequence must be dropped: its keys and values never become findable.
         """
-        for piece, token in done:
-            assert (token is not None) == piece.samples
-            self._advance(piece)
+        for piece, tokens in done:
+            assert bool(tokens) == piece.samples
+            assert len(tokens) <= piece.num_outputs
             if piece.ends_prompt:
                 self._end_leading(piece.sequence)
-            if token is not None:
-                piece.sequence.tokens.append(token)
+            piece.sequence.tokens += tokens
+            self._advance(piece, piece.stop - piece.num_drafts + max(len(tokens) - 1, 0))
 
     def fork(self, follower: Sequence, token: int) -> tuple[int, int] | None:
         """Let a follower go on from its leader's prompt with its own first token, right after that was committed.
@@ -143,10 +144,10 @@ class Scheduler:
         is_next = not self.waiting or self.waiting[0].arrival > sequence.arrival
         return is_next and len(self.running) < self.seats.max_num_seqs and self.pages.num_free >= pages
 
-    def _advance(self, piece: Slice) -> None:
+    def _advance(self, piece: Slice, stop: int) -> None:
         sequence, size = piece.sequence, self.seats.page_size
-        first, last = sequence.num_computed // size, piece.stop // size
-        sequence.num_computed = piece.stop
+        first, last = sequence.num_computed // size, stop // size
+        sequence.num_computed = stop
         keys = sequence.keys(last, size)
         for index in range(first, last):
             self.pages.register(sequence.pages[index], keys[index])
@@ -155,6 +156,17 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.remaining == 1 and sequence.pages and self._grow(sequence):
                 self._give(sequence, 1)
+        for sequence in [s for s in self._plan if s.drafts and s.num_tokens > s.num_prompt]:
+            self._try_drafts(sequence)
+
+    def _try_drafts(self, sequence: Sequence) -> None:
+        """Let the step compute the drafts too, as far as pages are free: nobody makes room for guesses."""
+        start, spare = sequence.num_computed, self.pages.num_free * self.seats.page_size
+        room = len(sequence.pages) * self.seats.page_size + spare - sequence.num_tokens
+        num_drafts = min(len(sequence.drafts), room)
+        need = -(-(sequence.num_tokens + num_drafts) // self.seats.page_size) - len(sequence.pages)
+        sequence.pages += self.pages.allocate(max(need, 0))
+        self._plan[sequence] = Slice(sequence, start, start + 1 + num_drafts, samples=True, num_drafts=num_drafts)
 
     def _overtake(self, budget: int) -> int:
         """Serve prompts that fit `budget` whole though older ones wait; return the tokens given away.
@@ -232,7 +244,7 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """Own the page of the next token. False: there is none, and the sequence now waits itself."""
-        need = self._num_pages(sequence) - len(sequence.pages)
+        need = max(self._num_pages(sequence) - len(sequence.pages), 0)
         if not self._make_room(sequence, need):
             self._preempt(sequence)
             return False

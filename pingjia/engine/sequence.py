@@ -15,6 +15,7 @@ class Sequence:
     prefix_len: leading tokens that see each other both ways.
     followers: younger sequences with an equal prompt, which wait for this one to compute it and go on from its end.
     leader: the sequence that this one follows, until then.
+    drafts: guesses at the next tokens. While a step runs, those that it tries stand at the end of `tokens`.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     followers: list[Sequence] = field(default_factory=list)
     leader: Sequence | None = None
+    drafts: list[int] = field(default_factory=list)
     _keys: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -60,12 +62,21 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Tokens start..stop-1 of a sequence, computed in one step. `samples`: the last of them yields the next token."""
+    """Tokens start..stop-1 of a sequence, computed in one step. `samples`: the last of them yields the next token.
+
+    num_drafts: the last so many are guesses; each of them, and the token before the first, yields logits.
+    """
 
     sequence: Sequence
     start: int
     stop: int
     samples: bool
+    num_drafts: int = 0
+
+    @property
+    def num_outputs(self) -> int:
+        """Rows of logits, after its last tokens."""
+        return 1 + self.num_drafts
 
     @property
     def num_tokens(self) -> int:

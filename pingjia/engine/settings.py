@@ -33,6 +33,8 @@ class EngineSettings(Section):
     """Prompt plus answer of one request. Default: what the network was built for, or the pool if that is smaller."""
     prefix_caching: bool = True
     """Keep the pages of ended requests and use them again for equal beginnings."""
+    prompt_lookup: Literal["auto", "off"] = "auto"
+    """auto: greedy answers guess at tokens that stood in the prompt or the answer before; the network confirms them."""
     max_loras: int = Field(16, ge=1)
     """Adapters that may be loaded at a time."""
     max_lora_rank: int = Field(256, ge=1)

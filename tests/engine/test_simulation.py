@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from pingjia.engine.draft import agreed
 from pingjia.engine.pages import PageAllocator
 from pingjia.engine.scheduler import Scheduler, Seats
 from pingjia.engine.sequence import Sequence, Slice
@@ -75,6 +76,9 @@ class House:
     num_cached: int = 0
     num_split: int = 0
     num_forks: int = 0
+    num_right: int = 0
+    num_wrong: int = 0
+    guess_rate: float = 0.0
     num_copies: int = 0
 
     def __post_init__(self) -> None:
@@ -117,17 +121,18 @@ class House:
 
     def step(self) -> list[Slice]:
         before = [(s, s.pages) for s in self.scheduler.running]
+        self.guess()
         plan = self.scheduler.plan()
         self.check_preempted(before)
         self.num_steps += bool(plan)
         self.check_plan(plan)
-        done: list[tuple[Slice, int | None]] = []
+        done: list[tuple[Slice, list[int]]] = []
         for piece in plan:
-            token = self.compute(piece)
+            tokens = self.compute(piece)
             if self.rng.random() >= self.fail_rate:
-                done.append((piece, token))
+                done.append((piece, tokens))
         self.scheduler.commit(done)
-        said = [piece.sequence for piece, token in done if token is not None]
+        said = [piece.sequence for piece, tokens in done if tokens]
         for piece, _ in done:
             said += self.fork(piece) if piece.ends_prompt else []
         self.check_ownership()
@@ -138,6 +143,23 @@ class House:
         for sequence in said:
             self.maybe_finish(sequence)
         return plan
+
+    def guess(self) -> None:
+        """Some answers guess at their next tokens, rightly up to a point."""
+        for sequence in self.scheduler.running:
+            sequence.drafts = []
+            if sequence.num_tokens > sequence.num_prompt and self.rng.random() < self.guess_rate:
+                _, max_tokens = self.live[sequence.id]
+                left = max_tokens - (sequence.num_tokens - sequence.num_prompt) - 1
+                self.draft(sequence, self.rng.randint(0, max(left, 0)))
+
+    def draft(self, sequence: Sequence, count: int) -> None:
+        ahead = Sequence("ahead", 0, sequence.tokens[: sequence.num_prompt], adapter=sequence.adapter)
+        ahead.tokens = list(sequence.tokens)
+        for _ in range(count):
+            token = next_token(self.values_of(ahead, ahead.num_tokens), self.seeds[sequence.id])
+            ahead.tokens.append(token if self.rng.random() < 0.8 else (token + 1) % 23)
+        sequence.drafts = ahead.tokens[sequence.num_tokens :]
 
     def fork(self, piece: Slice) -> list[Sequence]:
         """Let all that follow this sequence go on, each with a token of its own; some fail instead."""
@@ -157,18 +179,26 @@ class House:
         assert not piece.sequence.followers
         return forked
 
-    def compute(self, piece: Slice) -> int | None:
-        """The fake network: check what is read, write what is computed, return the next token where one is due."""
+    def compute(self, piece: Slice) -> list[int]:
+        """The fake network: check what is read, write what is computed, return the tokens that follow."""
         sequence, size = piece.sequence, self.seats.page_size
+        drafts = sequence.drafts[: piece.num_drafts]
         slots = [sequence.pages[i // size] * size + i % size for i in range(piece.stop)]
+        sequence.tokens += drafts
         truth = self.values_of(sequence, len(sequence.tokens))
+        values = self.values_of(sequence, piece.stop)
+        del sequence.tokens[len(sequence.tokens) - len(drafts) :]
         assert [self.slots.get(s) for s in slots[: piece.start]] == truth[: piece.start], "read stale or foreign keys"
         self.num_split += piece.start < sequence.num_prompt and piece.stop < sequence.num_prompt
-        values = self.values_of(sequence, piece.stop)
         for i in range(piece.start, piece.stop):
             self.slots[slots[i]] = values[i]
         assert values == truth[: piece.stop], "computed from half a prompt"
-        return next_token(values, self.seeds[sequence.id]) if piece.samples else None
+        seed = self.seeds[sequence.id]
+        chosen = [next_token(values[:stop], seed) for stop in range(piece.stop - len(drafts), piece.stop + 1)]
+        tokens = agreed(drafts, chosen, frozenset({STOP})) if piece.samples else []
+        self.num_right += max(len(tokens) - 1, 0)
+        self.num_wrong += piece.num_drafts - max(len(tokens) - 1, 0)
+        return tokens
 
     def maybe_finish(self, sequence: Sequence) -> None:
         _, max_tokens = self.live[sequence.id]
@@ -198,7 +228,11 @@ class House:
         assert oldest in sequences, "the oldest request was left out of a step"
         decoding = [s for s in self.scheduler.running if s.remaining == 1]
         assert set(decoding) <= set(sequences), "an answer did not get its token"
-        self.check_budget([piece for piece in plan if piece.sequence not in decoding], len(decoding))
+        prefills = [piece for piece in plan if piece.sequence not in decoding]
+        self.check_budget(prefills, sum(piece.num_tokens for piece in plan) - sum(p.num_tokens for p in prefills))
+        for piece in plan:
+            answered = piece.stop - piece.sequence.num_prompt
+            assert piece.num_drafts == 0 or answered < self.live[piece.sequence.id][1], "guesses beyond the answer"
 
     def check_followers(self) -> None:
         """Who follows is nowhere else, and is led by an older one with an equal prompt that is not computed yet."""
@@ -214,8 +248,8 @@ class House:
             assert (s.leader.tokens, s.leader.adapter) == (s.tokens, s.adapter)
         assert set(self.scheduler._leading.values()) <= seated
 
-    def check_budget(self, prefills: list[Slice], num_decodes: int) -> None:
-        room = max(self.seats.max_num_batched_tokens - num_decodes, 1)
+    def check_budget(self, prefills: list[Slice], num_decoded: int) -> None:
+        room = max(self.seats.max_num_batched_tokens - num_decoded, 1)
         if not self.seats.causal_prompt:
             for piece in prefills:
                 whole = piece.stop >= piece.sequence.num_prompt or piece.start >= piece.sequence.num_prompt
@@ -279,9 +313,14 @@ def run_random_load(house: House, num_steps: int) -> None:
 @pytest.mark.parametrize("reuse", [True, False])
 @pytest.mark.parametrize("scene", SCENES, ids=str)
 def test_nothing_leaks_and_every_answer_is_right_under_random_load(scene: Seats, reuse: bool) -> None:
-    house = House(scene, num_pages=100 // scene.page_size, rng=random.Random(repr(scene)), reuse=reuse, fail_rate=0.001)
+    house = House(
+        scene, num_pages=100 // scene.page_size, rng=random.Random(repr(scene)), reuse=reuse, fail_rate=0.001,
+        guess_rate=0.3,
+    )  # fmt: skip
     run_random_load(house, NUM_STEPS)
     assert house.num_accepted > 50
+    assert house.num_right > 100
+    assert house.num_wrong > 100
     assert (house.num_cached > 0) == reuse
     assert (house.num_forks > 100) == reuse
     if scene.max_num_seqs > 1 and scene.page_size > 1:
@@ -465,3 +504,40 @@ def test_a_fork_that_shares_a_page_still_written_to_is_caught() -> None:
     house.scheduler.fork = sharing  # type: ignore[method-assign]
     with pytest.raises(AssertionError, match="still written to"):
         house.step()
+
+
+# ---- guesses
+
+
+def test_guesses_never_make_anybody_give_up_pages() -> None:
+    house = House(Seats(4, 64, 4), num_pages=12, rng=random.Random(7), reuse=False)
+    endless = [p for p in ([token] * 7 for token in range(1, 23)) if len(true_answer(p, None, 16, causal_values)) == 16]
+    for prompt in endless[:2]:
+        house.admit(prompt, None, 16)
+    house.step()
+    house.step()
+    before = {s: list(s.pages) for s in house.scheduler.running}
+    for sequence in house.scheduler.running:
+        sequence.drafts = [1] * 6
+    house.scheduler.plan()
+    assert house.scheduler.num_preemptions == 0
+    assert all(s.pages[: len(pages)] == pages for s, pages in before.items())
+    assert house.pages.num_free >= 0
+
+
+def test_right_guesses_save_steps() -> None:
+    counts = []
+    for guesses in (False, True):
+        house = House(Seats(4, 64, 4), num_pages=60, rng=random.Random(3))
+        prompt = next(p for p in ([t] * 9 for t in range(1, 23)) if len(true_answer(p, None, 20, causal_values)) == 20)
+        house.admit(prompt, None, 20)
+        while house.live:
+            if guesses and house.scheduler.running:
+                (sequence,) = house.scheduler.running
+                answer = true_answer(prompt, None, 20, causal_values)
+                sequence.drafts = answer[sequence.num_tokens - 9 :][:4]
+                sequence.drafts = sequence.drafts[: 20 - (sequence.num_tokens - 9) - 1]
+                house.guess = lambda: None  # type: ignore[method-assign]
+            house.step()
+        counts.append(house.num_steps)
+    assert counts == [20, 5]
