@@ -1,9 +1,10 @@
 """Packed matrices in the order the compiled kernels read, and torch operators over them. CPU only.
 
 `Tiles` holds one matrix: the same bytes as the plain tensors, in another order, so it replaces them. In inference a
-product rounds the activations to int8 with one scale per 32 columns (error bound in docs/kernels.md). When the input
-needs a gradient the product is exact, with the weights widened to float32 a few rows at a time, so that forward and
-backward belong to the same function. Not here: the layers (`tiled.py`), the C side (`kernels/`).
+product rounds the activations to 8 bits (INT4 weights) or 16 (INT8 weights) with one scale per 32 columns; the error
+bound is in docs/kernels.md. When the input needs a gradient the product is exact, with the weights widened to float32 a
+few rows at a time, so that forward and backward belong to the same function. Not here: the layers (`tiled.py`), the C
+side (`kernels/`).
 
 Shapes: B rows of x, N output rows, M input columns, P stored columns, G groups of a row.
 """
@@ -23,6 +24,7 @@ from pingjia.quant import kernels
 from pingjia.quant.rows import row_blocks
 
 TILE_ROWS = 16
+EXACT = 32  # activation bits of a product in float32
 _EVEN_HIGH, _EVEN_LOW = 0, 1  # where a byte keeps its even column: published layout, grouped layout
 
 
@@ -86,6 +88,11 @@ class Tiles:
         return scale_NG.flatten() if self.per_row else scale_NG
 
     @property
+    def activation_bits(self) -> int:
+        """8 beside 4-bit weights. 16 beside 8-bit ones, where rounding x to 8 bits would be most of the error."""
+        return 8 if self.bits == 4 else 16
+
+    @property
     def layout(self) -> tuple[int, int, int, int]:
         """(bits, N, M, columns of a group), as the operators take them."""
         return self.bits, self.n, self.m, self.group
@@ -107,11 +114,13 @@ class Tiles:
         return weight
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., M] -> [..., N] of x's dtype: int8 activations, or exact when x needs a gradient."""
+        """x [..., M] -> [..., N] of x's dtype: x rounded to `activation_bits`, or exact when it needs a gradient."""
         exact = torch.is_grad_enabled() and x.requires_grad
+        bits = EXACT if exact else self.activation_bits
         if not exact and type(x) is torch.Tensor and not torch.compiler.is_compiling():
-            return _fast(x, self.tiles, self.scales, bias, *self.layout)  # the operator would cost 20 microseconds more
-        return packed_matmul(x, self.tiles, self.scales, bias, *self.layout, exact)
+            # Called as an operator it would cost 20 microseconds more.
+            return _fast(x, self.tiles, self.scales, bias, *self.layout, bits)
+        return packed_matmul(x, self.tiles, self.scales, bias, *self.layout, bits)
 
 
 def _order(stored: torch.dtype) -> int:
@@ -143,6 +152,7 @@ def _fast(
     n: int,
     m: int,
     group: int,
+    activation_bits: int,
 ) -> torch.Tensor:
     if x.shape[-1] != m or x.device.type != "cpu":
         raise RuntimeError(f"x is {list(x.shape)} on {x.device}; this matrix takes {m} columns on the CPU")
@@ -150,8 +160,8 @@ def _fast(
     bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
     out_BN = torch.empty(x_BM.shape[0], n)
     matrix = _c_matrix(tiles, scales, bias, bits, n, m, group)
-    pointers = (x_BM.data_ptr(), x_BM.shape[0], m, out_BN.data_ptr(), n)
-    kernels.library().pj_matmul(ctypes.byref(matrix), *pointers)
+    arguments = (x_BM.data_ptr(), x_BM.shape[0], m, activation_bits == 16, out_BN.data_ptr(), n)
+    kernels.library().pj_matmul(ctypes.byref(matrix), *arguments)
     return out_BN.view(*x.shape[:-1], n).to(x.dtype)
 
 
@@ -186,11 +196,11 @@ def packed_matmul(
     n: int,
     m: int,
     group: int,
-    exact: bool,
+    activation_bits: int,
 ) -> torch.Tensor:
-    """x [..., M] times a packed matrix -> [..., N] of x's dtype; `exact` widens the weights instead of rounding x."""
-    if not exact:
-        return _fast(x, tiles, scales, bias, bits, n, m, group)
+    """x [..., M] times a packed matrix -> [..., N] of x's dtype; x rounded to 8 or 16 bits, or not (32)."""
+    if activation_bits != EXACT:
+        return _fast(x, tiles, scales, bias, bits, n, m, group, activation_bits)
     x_BM = x.reshape(-1, m).to(torch.float32)
     out_BN = torch.empty(x_BM.shape[0], n)
     for rows in row_blocks(n, m):
@@ -211,7 +221,7 @@ def _(
     n: int,
     m: int,
     group: int,
-    exact: bool,
+    activation_bits: int,
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], n)
 

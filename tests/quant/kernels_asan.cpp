@@ -26,7 +26,7 @@ struct Case {
   int bits, scale_bits;
   Nibbles order;
   int64_t n, m, group, t;
-  bool bias, accumulate;
+  bool bias, accumulate, fine;
 };
 
 Case random_case() {
@@ -37,15 +37,16 @@ Case random_case() {
   if (c.bits == 4) c.m += c.m % 2;
   c.group = between(0, 1) ? c.m : 32 << between(0, 2);
   c.scale_bits = between(0, 1) ? 16 : 32;
-  c.bias = between(0, 1), c.accumulate = between(0, 1);
+  c.bias = between(0, 1), c.accumulate = between(0, 1), c.fine = between(0, 1);
   return c;
 }
 
 void fail(const Case& c, const char* what, double got, double wanted) {
   ++failures;
-  std::printf("%s: %s: bits %d order %d scale %d n %ld m %ld group %ld t %ld bias %d accumulate %d: %g, not %g\n",
+  std::printf("%s: %s: bits %d order %d scale %d n %ld m %ld group %ld t %ld bias %d accumulate %d fine %d: %g, not %g\n",
               kernel_set().name, what, c.bits, static_cast<int>(c.order), c.scale_bits, static_cast<long>(c.n),
-              static_cast<long>(c.m), static_cast<long>(c.group), static_cast<long>(c.t), c.bias, c.accumulate, got, wanted);
+              static_cast<long>(c.m), static_cast<long>(c.group), static_cast<long>(c.t), c.bias, c.accumulate,
+              c.fine, got, wanted);
 }
 
 int value_at(const Case& c, const std::vector<uint8_t>& plain, int64_t row, int64_t column) {
@@ -78,7 +79,7 @@ double weight_at(const Case& c, const std::vector<uint8_t>& plain, const Scales&
   return value_at(c, plain, row, column) * s.wide[(row / 16 * groups + column / c.group) * 16 + row % 16];
 }
 
-// The error that rounding x to 8 bits may cause: half a step per column, and float32 sums.
+// The error that rounding x to 8 bits may cause: half a step per column, or a 254th of that; and float32 sums.
 void check_row(const Case& c, const std::vector<double>& w, const float* x, double start, double got) {
   double wanted = start, bound = 1e-6;
   for (int64_t first = 0; first < c.m; first += kActGroup) {
@@ -87,7 +88,7 @@ void check_row(const Case& c, const std::vector<double>& w, const float* x, doub
       wanted += w[i] * x[i];
       largest = std::max(largest, std::fabs(static_cast<double>(x[i]))), weights += std::fabs(w[i]);
     }
-    bound += weights * largest * (0.5 / 127 + 1e-5);
+    bound += weights * largest * (0.5 / 127 / (c.fine ? 254 : 1) + 1e-6);
   }
   if (!(std::fabs(got - wanted) <= bound + 1e-5 * std::fabs(wanted))) fail(c, "product", got, wanted);
 }
@@ -111,7 +112,7 @@ void check(const Case& c) {
   dequantize_rows(w, ids.data(), c.n, wide.data(), c.m);
 
   static const QuantRowsPtr rows = new_quant_rows();
-  quantize_activations(x.data(), c.t, c.m, c.m, *rows);
+  quantize_activations(x.data(), c.t, c.m, c.m, *rows, c.fine);
   matmul(w, *rows, y.data(), c.n, c.accumulate);
   std::vector<double> row(c.m);
   for (int64_t n = 0; n < c.n; ++n) {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pingjia.errors import ModelError
 from pingjia.quant import kernels
 from pingjia.quant.group import dequantize_groups, pack_groups
-from pingjia.quant.native import Tiles, packed_matmul
+from pingjia.quant.native import EXACT, Tiles, packed_matmul
 from pingjia.quant.rows import dequantize_rows, pack_int4
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"no kernels: {kernels.why_not()}")
@@ -66,12 +66,16 @@ def matrix(bits: int, n: int, size: int, group: int | None) -> tuple[Tiles, torc
     return Tiles.of(weight, scale, bits), wide
 
 
-def error_bound(x: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
-    """What rounding x to 8 bits may change: in each group half a step of x times the weights; and float32 sums."""
+def error_bound(x: torch.Tensor, wide: torch.Tensor, activation_bits: int = 8) -> torch.Tensor:
+    """What rounding x may change: in each group half a step of x times the weights; and float32 sums.
+
+    A step is a 127th of the largest x of the group at 8 bits, a 254th of that at 16.
+    """
     pad = -x.shape[1] % ACT_GROUP
-    steps = torch.nn.functional.pad(x.abs(), (0, pad)).unflatten(1, (-1, ACT_GROUP)).amax(2) / 254
+    half_step = 0.5 / 127 / (1 if activation_bits == 8 else 254)
+    largest = torch.nn.functional.pad(x.abs(), (0, pad)).unflatten(1, (-1, ACT_GROUP)).amax(2)
     weights = torch.nn.functional.pad(wide.abs(), (0, pad)).unflatten(1, (-1, ACT_GROUP)).sum(2)
-    return 1.001 * steps @ weights.T + 1e-5 * (x.abs() @ wide.abs().T) + 1e-30
+    return 1.001 * half_step * largest @ weights.T + 2e-6 * (x.abs() @ wide.abs().T) + 1e-30
 
 
 @given(MATRICES, st.integers(1, 70), st.booleans(), st.integers(0, 2**31))
@@ -81,8 +85,9 @@ def check_products(shape: tuple[int, int, int, int | None], batch: int, with_bia
     tiles, wide = matrix(*shape)
     x = torch.randn(batch, tiles.m) * torch.logspace(-3, 2, batch)[:, None]
     bias = torch.randn(tiles.n) if with_bias else None
-    wanted = torch.nn.functional.linear(x, wide, bias)
-    room = error_bound(x, wide) if bias is None else error_bound(x, wide) + 1e-5 * bias.abs()
+    wanted = torch.nn.functional.linear(x.double(), wide.double(), None if bias is None else bias.double())
+    room = error_bound(x, wide, tiles.activation_bits)
+    room = room if bias is None else room + 1e-5 * bias.abs()
     assert ((tiles.product(x, bias) - wanted).abs() <= room).all()
 
 
@@ -102,6 +107,23 @@ def test_shapes_of_real_networks(isa: str, n: int, m: int, group: int, batch: in
     y = Tiles.of(weight, scale, 4).product(x)
     assert ((y - x @ wide.T).abs() <= error_bound(x, wide)).all()
     assert (y - x @ wide.T).norm() < 0.01 * y.norm()
+
+
+@pytest.mark.parametrize("shape", [(4, 20, 3, 64), (8, 20, 200, None)])
+def test_eight_bit_weights_get_sixteen_bit_activations(shape: tuple[int, int, int, int | None]) -> None:
+    tiles, wide = matrix(*shape)
+    x = torch.randn(9, tiles.m)
+    wanted = x.double() @ wide.double().T
+    errors = {bits: _error_of(tiles, x, wanted, bits) for bits in (8, 16, EXACT)}
+    assert tiles.activation_bits == (8 if tiles.bits == 4 else 16)
+    assert errors[EXACT] < 1e-6
+    assert errors[16] < 1e-4
+    assert 1e-3 < errors[8] < 1e-2
+
+
+def _error_of(tiles: Tiles, x: torch.Tensor, wanted: torch.Tensor, activation_bits: int) -> float:
+    y = packed_matmul(x, tiles.tiles, tiles.scales, None, *tiles.layout, activation_bits)
+    return float((y - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize("shape", [(4, 50, 3, 64), (4, 40, 130, None), (8, 33, 77, None)])
@@ -233,11 +255,11 @@ def test_with_a_gradient_the_product_is_exact(shape: tuple[int, int, int, int | 
         assert not tiles.product(x).requires_grad
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_the_operator_obeys_torch(exact: bool) -> None:
+@pytest.mark.parametrize("activation_bits", [8, 16, EXACT])
+def test_the_operator_obeys_torch(activation_bits: int) -> None:
     tiles, _ = matrix(4, 20, 2, 64)
-    x = torch.randn(3, tiles.m, requires_grad=exact)
-    arguments = (x, tiles.tiles, tiles.scales, torch.randn(20), *tiles.layout, exact)
+    x = torch.randn(3, tiles.m, requires_grad=activation_bits == EXACT)
+    arguments = (x, tiles.tiles, tiles.scales, torch.randn(20), *tiles.layout, activation_bits)
     torch.library.opcheck(torch.ops.pingjia.packed_matmul.default, arguments)
     torch.library.opcheck(torch.ops.pingjia.packed_rows.default, (torch.arange(5), *arguments[1:3], *tiles.layout))
 
@@ -246,7 +268,7 @@ def test_the_operator_on_shapes_alone() -> None:
     tiles, _ = matrix(4, 20, 2, 64)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         x = mode.from_tensor(torch.randn(2, 5, tiles.m))
-        y = packed_matmul(x, tiles.tiles, tiles.scales, None, *tiles.layout, False)
+        y = packed_matmul(x, tiles.tiles, tiles.scales, None, *tiles.layout, 8)
     assert y.shape == (2, 5, 20)
 
 

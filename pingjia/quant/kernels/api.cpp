@@ -25,7 +25,7 @@ QuantRows& own_rows() {
 
 }  // namespace
 
-PJ_API int pj_version() { return 1; }
+PJ_API int pj_version() { return 2; }
 PJ_API const char* pj_isa() { return kernel_set().name; }
 PJ_API const char* pj_isa_names() { return kernel_set_names(); }
 PJ_API int pj_choose_isa(const char* name) { return choose_kernel_set(name); }
@@ -46,8 +46,9 @@ PJ_API void pj_rows(const CMatrix* w, const int64_t* ids, int64_t count, float* 
   dequantize_rows(w->matrix(), ids, count, out, out_stride);
 }
 
-PJ_API void pj_matmul(const CMatrix* w, const float* x, int64_t t, int64_t x_stride, float* y, int64_t y_stride) {
-  quantize_activations(x, t, w->m, x_stride, own_rows());
+PJ_API void pj_matmul(const CMatrix* w, const float* x, int64_t t, int64_t x_stride, int fine, float* y,
+                      int64_t y_stride) {
+  quantize_activations(x, t, w->m, x_stride, own_rows(), fine != 0);
   matmul(w->matrix(), own_rows(), y, y_stride);
 }
 

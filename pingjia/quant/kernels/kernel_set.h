@@ -12,16 +12,18 @@
 
 namespace pingjia {
 
-// A few tokens whose activations are interleaved, so that one pass over a tile serves them all.
+// A few tokens whose activations are interleaved, so that one pass over a tile serves them all. A token takes one slot,
+// or two side by side when it is kept in two parts.
 struct Block {
   int64_t first;  // first token
   int count;      // tokens
-  int width;      // count, rounded up to a width the kernels are built for; the rest is zeros
+  int width;      // slots, rounded up to a width the kernels are built for; the rest is zeros
   int64_t slot;   // widths of the blocks before it
 };
 
 struct QuantRows {
   int64_t t = 0, m = 0;
+  int parts = 1;                  // slots of a token
   int64_t columns = 0;            // m, padded
   std::vector<Block> blocks;
   std::vector<int8_t> values;     // per block [columns/4][width][4]

@@ -60,7 +60,10 @@ using QuantRowsPtr = std::unique_ptr<QuantRows, QuantRowsDeleter>;
 QuantRowsPtr new_quant_rows();
 
 // x: T rows of M floats, `stride` floats apart. A group that holds an infinity or NaN makes its row's results NaN.
-void quantize_activations(const float* x, int64_t t, int64_t m, int64_t stride, QuantRows& out);
+// `fine` keeps what rounding left in a second int8: 16 bits in all, the error of a product falls 250 times, and the
+// arithmetic doubles. Nothing at batch 1 or 2, where memory is the limit; twice the time of a long prompt. Use it where
+// rounding x would be most of the error: INT8 weights (`matrix.bits == 8`), and a head of any width.
+void quantize_activations(const float* x, int64_t t, int64_t m, int64_t stride, QuantRows& out, bool fine = false);
 
 // y[t][n] = sum_m x[t][m] * W[n][m] (+ bias[n]); rows of y are `y_stride` floats apart. `accumulate` adds to y.
 // int32 inside a group, float32 across groups. The result of a row does not depend on the other rows of the batch.

@@ -15,16 +15,16 @@ int width_of(const int* widths, int64_t left) {
 }
 
 // Blocks as wide as can be and as equal as can be: the widest kernel is the fastest per token, a lone token the slowest.
-void make_blocks(int64_t t, std::vector<Block>& blocks) {
+void make_blocks(int64_t t, int parts, std::vector<Block>& blocks) {
   const int* widths = kernel_set().widths;
   int widest = 0;
   while (*widths != 0) widest = *widths++;
+  const int64_t most = widest / parts, count = (t + most - 1) / most;
   blocks.clear();
-  const int64_t count = (t + widest - 1) / widest;
   int64_t slot = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t first = i * t / count, tokens = (i + 1) * t / count - first;
-    const int width = width_of(kernel_set().widths, tokens);
+    const int width = width_of(kernel_set().widths, tokens * parts);
     blocks.push_back({first, static_cast<int>(tokens), width, slot});
     slot += width;
   }
@@ -35,14 +35,15 @@ void grow(std::vector<T>& v, int64_t size) {
   if (static_cast<int64_t>(v.size()) < size) v.resize(static_cast<size_t>(size));
 }
 
-// Results of one unit and one block -> y.
-void write_rows(const Matrix& w, int64_t tile, const Block& b, const float* from, float* y, int64_t y_stride, bool accumulate) {
+// Results of one tile and one block -> y. Parts of a token are added up.
+void write_rows(const Matrix& w, int64_t tile, const Block& b, int parts, const float* from, float* y, int64_t y_stride, bool accumulate) {
   const int64_t row = tile * kTileRows, rows = w.n - row < kTileRows ? w.n - row : kTileRows;
   for (int t = 0; t < b.count; ++t) {
     float* to = y + (b.first + t) * y_stride + row;
-    const float* in = from + t * kTileRows;
+    const float* in = from + t * parts * kTileRows;
     for (int64_t i = 0; i < rows; ++i) {
-      const float value = w.bias ? in[i] + w.bias[row + i] : in[i];
+      float value = parts == 2 ? in[i] + in[i + kTileRows] : in[i];
+      if (w.bias) value += w.bias[row + i];
       to[i] = accumulate ? to[i] + value : value;
     }
   }
@@ -62,7 +63,7 @@ struct Call {
     tiles = (w.n + kTileRows - 1) / kTileRows, units = (tiles + kUnitTiles - 1) / kUnitTiles;
     tile_size = tile_bytes(w.bits, kTileRows, w.m), scale_size = scale_count(kTileRows, w.m, w.group);
     blocks = static_cast<int64_t>(x.blocks.size());
-    chunks = (x.t * x.columns + kChunkBytes - 1) / kChunkBytes;
+    chunks = (x.t * x.parts * x.columns + kChunkBytes - 1) / kChunkBytes;
     if (chunks > blocks) chunks = blocks;
   }
 
@@ -82,7 +83,7 @@ struct Call {
                        pair ? scale_size : 0, w.scale_bits, w.m, w.group, x.values_of(b), x.scales_of(b), x.offsets_of(b)};
     kernel_set().product(w.bits, b.width, p, out);
     for (int64_t k = 0; k < (pair ? 2 : 1); ++k)
-      write_rows(w, first + k, b, out + k * b.width * kTileRows, y, y_stride, accumulate);
+      write_rows(w, first + k, b, x.parts, out + k * b.width * kTileRows, y, y_stride, accumulate);
   }
 };
 
@@ -91,9 +92,9 @@ struct Call {
 void QuantRowsDeleter::operator()(QuantRows* rows) const { delete rows; }
 QuantRowsPtr new_quant_rows() { return QuantRowsPtr(new QuantRows); }
 
-void quantize_activations(const float* x, int64_t t, int64_t m, int64_t stride, QuantRows& out) {
-  out.t = t, out.m = m, out.columns = (m + kColumnPad - 1) / kColumnPad * kColumnPad;
-  make_blocks(t, out.blocks);
+void quantize_activations(const float* x, int64_t t, int64_t m, int64_t stride, QuantRows& out, bool fine) {
+  out.t = t, out.m = m, out.parts = fine ? 2 : 1, out.columns = (m + kColumnPad - 1) / kColumnPad * kColumnPad;
+  make_blocks(t, out.parts, out.blocks);
   const int64_t slots = out.blocks.empty() ? 0 : out.blocks.back().slot + out.blocks.back().width;
   grow(out.values, slots * out.columns);
   grow(out.scales, slots * (out.columns / kActGroup));

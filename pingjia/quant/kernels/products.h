@@ -96,26 +96,51 @@ inline int32_t largest_bits(const float* x, int count) {
   return largest;
 }
 
-// One group of one token. `to`, `scale` and `offsets` point at the token's place in its block.
-inline void quantize_group(const float* x, int width, int8_t* to, float* scale, int32_t* offsets) {
+// Where one slot of a block (a token, or a part of one) keeps its numbers; `width` slots lie side by side.
+struct Slot {
+  int width;
+  int8_t* values;
+  float* scales;
+  int32_t* offsets;
+};
+
+inline void put_group(const int8_t* values, float scale, const Slot& to, int64_t c) {
+  to.scales[c / kActGroup * to.width] = scale;
+  for (int part = 0; part < kActGroup / 32; ++part) {
+    int32_t sum = 0;
+    for (int i = 0; i < 32; ++i) sum += values[part * 32 + i];
+    to.offsets[(c / 32 + part) * to.width] = -8 * sum;
+  }
+  for (int i = 0; i < kActGroup; i += 4) __builtin_memcpy(to.values + (c + i) * to.width, values + i, 4);
+}
+
+// Rounds a group to multiples of the scale it returns, which its caller may refine: `rest` is what rounding left.
+inline float round_group(const float* x, int8_t* values, float* rest) {
   const int32_t bits = largest_bits(x, kActGroup);
   float largest;
   __builtin_memcpy(&largest, &bits, 4);
   const bool finite = bits < 0x7f800000;
   // Below 2^-120 the reciprocal would overflow: such a group counts as zeros.
-  const float inverse = finite && largest > 7.5e-37f ? 127.0f / largest : 0.0f;
-  *scale = finite ? largest / 127.0f : __builtin_nanf("");
-  int8_t values[kActGroup];
+  const float inverse = finite && largest > 7.5e-37f ? 127.0f / largest : 0.0f, scale = largest / 127.0f;
   for (int i = 0; i < kActGroup; ++i) values[i] = rounded(finite ? x[i] * inverse : 0.0f);
-  for (int part = 0; part < kActGroup / 32; ++part) {
-    int32_t sum = 0;
-    for (int i = 0; i < 32; ++i) sum += values[part * 32 + i];
-    offsets[part * width] = -8 * sum;
-  }
-  for (int i = 0; i < kActGroup; i += 4) __builtin_memcpy(to + i * width, values + i, 4);
+  if (rest)
+    for (int i = 0; i < kActGroup; ++i) rest[i] = inverse > 0 ? x[i] - scale * static_cast<float>(values[i]) : 0.0f;
+  return finite ? scale : __builtin_nanf("");
 }
 
-void quantize_token(const float* x, int64_t m, int64_t columns, int width, int8_t* to, float* scales, int32_t* offsets) {
+// In two parts the rest, at most half a step, is rounded to 254ths of a step: 16 bits in all.
+inline void quantize_group(const float* x, int64_t c, const Slot* slots, int parts) {
+  int8_t values[kActGroup];
+  float rest[kActGroup];
+  const float scale = round_group(x, values, parts == 2 ? rest : nullptr);
+  put_group(values, scale, slots[0], c);
+  if (parts == 1) return;
+  const float step = scale / 254.0f, inverse = step > 1e-38f ? 1.0f / step : 0.0f;
+  for (int i = 0; i < kActGroup; ++i) values[i] = rounded(inverse > 0 ? rest[i] * inverse : 0.0f);
+  put_group(values, inverse > 0 ? step : 0.0f, slots[1], c);
+}
+
+void quantize_token(const float* x, int64_t m, int64_t columns, const Slot* slots, int parts) {
   for (int64_t c = 0; c < columns; c += kActGroup) {
     float padded[kActGroup];
     const float* group = x + c;
@@ -123,23 +148,23 @@ void quantize_token(const float* x, int64_t m, int64_t columns, int width, int8_
       for (int i = 0; i < kActGroup; ++i) padded[i] = c + i < m ? x[c + i] : 0.0f;
       group = padded;
     }
-    quantize_group(group, width, to + c * width, scales + c / kActGroup * width, offsets + c / 32 * width);
+    quantize_group(group, c, slots, parts);
   }
 }
 
-void quantize_zeros(int64_t columns, int width, int8_t* to, float* scales, int32_t* offsets) {
-  for (int64_t c = 0; c < columns; c += 4) __builtin_memset(to + c * width, 0, 4);
-  for (int64_t c = 0; c < columns; c += kActGroup) scales[c / kActGroup * width] = 0.0f;
-  for (int64_t c = 0; c < columns; c += 32) offsets[c / 32 * width] = 0;
+void quantize_zeros(int64_t columns, const Slot& to) {
+  const int8_t zeros[kActGroup] = {};
+  for (int64_t c = 0; c < columns; c += kActGroup) put_group(zeros, 0.0f, to, c);
 }
 
 void quantize_block(const float* x, int64_t stride, const Block& b, QuantRows& q) {
-  int8_t* values = const_cast<int8_t*>(q.values_of(b));
-  float* scales = const_cast<float*>(q.scales_of(b));
-  int32_t* offsets = const_cast<int32_t*>(q.offsets_of(b));
+  Slot slots[kMaxWidth];
+  for (int i = 0; i < b.width; ++i)
+    slots[i] = {b.width, const_cast<int8_t*>(q.values_of(b)) + 4 * i, const_cast<float*>(q.scales_of(b)) + i,
+                const_cast<int32_t*>(q.offsets_of(b)) + i};
   for (int t = 0; t < b.count; ++t)
-    quantize_token(x + (b.first + t) * stride, q.m, q.columns, b.width, values + 4 * t, scales + t, offsets + t);
-  for (int t = b.count; t < b.width; ++t) quantize_zeros(q.columns, b.width, values + 4 * t, scales + t, offsets + t);
+    quantize_token(x + (b.first + t) * stride, q.m, q.columns, slots + t * q.parts, q.parts);
+  for (int i = b.count * q.parts; i < b.width; ++i) quantize_zeros(q.columns, slots[i]);
 }
 
 // Registers of 256 bits or less hold the accumulators of four tokens.
