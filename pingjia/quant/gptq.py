@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from pingjia.quant.clip import HIGH, LOW, divisor, group_scale, row_scale
+from pingjia.quant.clip import HIGH, LOW, divisor, group_scale, nearest_scale, row_scale
 
 _INT8_BLOCK = 128
 Scales = Callable[[slice, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -32,7 +32,7 @@ def round_groups(weight_NM: torch.Tensor, group_size: int, root_MM: torch.Tensor
     scales_NG = weight_NM.new_empty(weight_NM.shape[0], weight_NM.shape[1] // group_size, dtype=torch.float16)
 
     def scales(columns: slice, target_BN: torch.Tensor, importance_B: torch.Tensor) -> torch.Tensor:
-        scale_N = group_scale(target_BN, importance_B)
+        scale_N = nearest_scale(target_BN) if root_MM is None else group_scale(target_BN, importance_B)
         scales_NG[:, columns.start // group_size] = scale_N.half()
         return scale_N
 
@@ -40,7 +40,9 @@ def round_groups(weight_NM: torch.Tensor, group_size: int, root_MM: torch.Tensor
     return values_NM, scales_NG, error_NM
 
 
-def round_groups_in_order(weight_NM: torch.Tensor, group_size: int, root_MM: torch.Tensor, order_M: torch.Tensor):  # type: ignore[no-untyped-def]
+def round_groups_in_order(
+    weight_NM: torch.Tensor, group_size: int, root_MM: torch.Tensor, order_M: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """`round_groups` with columns taken in `order_M`, for which `root_MM` was made; scales are chosen beforehand."""
     importance_M = torch.empty_like(root_MM.diagonal())
     importance_M[order_M] = root_MM.diagonal().square()

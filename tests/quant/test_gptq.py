@@ -182,11 +182,21 @@ def test_lots_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_group_scale_loses_no_more_than_the_plain_ones(seed: int) -> None:
     """Neither than max / 7 nor than the signed max / -8 that llama.cpp takes, both in fp16."""
     target = torch.randn(32, 6, generator=torch.Generator().manual_seed(seed))
-    found = group_scale(target)
+    found = group_scale(target, torch.ones(32))
     signed = target.gather(0, target.abs().argmax(0, keepdim=True))[0]
     for plain in (target.abs().amax(0) / 7, signed / -8):
         assert (loss(target, found) <= loss(target, plain.half().float()) * 1.0001 + 1e-6).all()
     assert torch.equal(found, found.half().float())
+
+
+def test_without_calibration_the_scale_is_that_of_q4_0() -> None:
+    """Against the gguf package, llama.cpp's reference in Python; it divides by the scale before fp16 rounds it."""
+    gguf = pytest.importorskip("gguf")
+    weight = torch.randn(50, 64, generator=torch.Generator().manual_seed(3))
+    packed = pack_matrix(weight, 4, QuantizeSettings(group_size=32, method="rtn"), None)
+    kind = gguf.GGMLQuantizationType.Q4_0
+    theirs = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind))
+    assert (packed.dequantize() - theirs).abs().gt(1e-6).float().mean() < 0.005
 
 
 def loss(target: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
