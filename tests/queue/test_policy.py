@@ -1,0 +1,182 @@
+"""Who is next and who is refused, as properties."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pingjia.errors import Overloaded
+from pingjia.queue.policy import WEIGHTS, ArrivalRate, FairShare, Gate, Limits, Load, Pace, ShareExceeded, Wish
+
+COSTS = st.integers(1, 100)
+
+
+@given(st.dictionaries(st.sampled_from("abcde"), st.lists(COSTS, min_size=1, max_size=30), min_size=2))
+def test_those_who_wait_are_served_alike(lines):
+    """While two flows wait, what they were served differs by less than the two largest requests."""
+    share = FairShare()
+    left = {flow: list(costs) for flow, costs in lines.items()}
+    for flow in left:
+        share.join(flow)
+    served = dict.fromkeys(left, 0)
+    largest = max(cost for costs in lines.values() for cost in costs)
+    while (flow := share.next()) is not None:
+        served[flow] += left[flow][0]
+        share.charge(flow, left[flow].pop(0))
+        if not left[flow]:
+            share.leave(flow)
+        waiting = [served[name] for name, costs in left.items() if costs]
+        if waiting:
+            assert max(waiting) - min(waiting) <= largest
+    assert served == {flow: sum(costs) for flow, costs in lines.items()}
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), COSTS), min_size=1, max_size=60), COSTS)
+def test_who_was_away_gets_no_credit(history, cost):
+    """A flow that joins late never has a lower counter than those that wait: it cannot take many turns in a row."""
+    share = FairShare()
+    for flow, units in history:
+        share.join(flow)
+        share.charge(flow, units)
+    waiting = min(share.counter(flow) for flow, _ in history)
+    share.join("late")
+    assert share.counter("late") >= waiting
+    share.charge("late", cost)
+    share.leave("late")
+    share.join("late")
+    assert share.counter("late") >= waiting + cost
+
+
+def test_weights_are_shares_of_what_is_served():
+    share = FairShare(WEIGHTS)
+    for rank in WEIGHTS:
+        share.join(rank)
+    served = dict.fromkeys(WEIGHTS, 0)
+    for _ in range(7300):
+        rank = share.next()
+        served[rank] += 1
+        share.charge(rank, 1)
+    assert {rank: round(num / 100) for rank, num in served.items()} == {"high": 64, "normal": 8, "low": 1}
+
+
+LOADS = st.builds(
+    Load,
+    num_waiting=st.integers(0, 20),
+    rank_units=st.fixed_dictionaries({rank: st.integers(0, 5000) for rank in WEIGHTS}),
+    tenant_num=st.integers(0, 20),
+    tenant_units=st.integers(0, 5000),
+    num_tenants=st.integers(1, 10),
+    units_running=st.integers(0, 5000),
+    num_seats=st.integers(1, 16),
+    units_per_s=st.one_of(st.none(), st.floats(0.1, 1e4)),
+)
+WISHES = st.builds(
+    Wish,
+    tenant=st.sampled_from(["", "a"]),
+    rank=st.sampled_from(list(WEIGHTS)),
+    num=st.integers(1, 4),
+    units=st.integers(4, 400),
+    largest=st.integers(1, 100),
+    deadline_s=st.floats(0.1, 1000),
+)
+
+
+@given(LOADS, WISHES)
+def test_what_is_taken_on_fits_and_can_be_in_time(load, wish):
+    gate = Gate(Limits(max_requests=20, max_units=12_000))
+    refused = None
+    try:
+        gate.check(load, wish, 0.0)
+    except Overloaded as e:
+        refused = e
+    if refused is not None:
+        assert 1.0 <= refused.retry_after_s <= 60.0
+        return
+    assert load.num_waiting + wish.num <= 20
+    assert load.units_waiting + wish.units <= 12_000
+    assert load.tenant_num + wish.num <= gate.share(load, wish.tenant)
+    needed = load.answer_s(wish.rank, wish.largest)
+    assert needed is None or needed <= wish.deadline_s
+
+
+@given(LOADS, COSTS)
+def test_nobody_waits_for_more_than_there_is(load, cost):
+    for rank in WEIGHTS:
+        assert 0 <= load.units_ahead(rank, cost) <= load.units_waiting
+    assert load.units_ahead("high", cost) <= load.units_waiting
+
+
+@given(st.lists(st.floats(0, 5), min_size=2, max_size=20))
+def test_the_refused_do_not_come_back_all_at_once(pauses):
+    """Each is told a time, on the same clock, not before that of whoever was refused before."""
+    gate, now, times = Gate(Limits(max_requests=10)), 0.0, []
+    load = Load(num_waiting=10, rank_units={"normal": 1000}, num_seats=4, units_per_s=50.0)
+    for pause in pauses:
+        now += pause
+        with pytest.raises(Overloaded) as caught:
+            gate.check(load, Wish("", "normal", 1, 100, 100, 600.0), now)
+        times.append((now, caught.value.retry_after_s))
+    for (before, first), (after, second) in pairwise(times):
+        assert second >= min(60.0, max(1.0, before + first - after)) - 1e-6 or first == 1.0
+
+
+def test_the_time_to_come_back_is_what_the_pace_says():
+    gate = Gate(Limits(max_requests=10))
+    load = Load(num_waiting=10, rank_units={"normal": 1000}, num_seats=4, units_per_s=50.0)
+    wish = Wish("", "normal", 3, 300, 100, 600.0)
+    for expected in (6.0, 12.0, 18.0):  # 3 requests of 100 tokens must have gone, and those refused before
+        with pytest.raises(Overloaded) as caught:
+            gate.check(load, wish, 0.0)
+        assert caught.value.retry_after_s == pytest.approx(expected)
+    with pytest.raises(Overloaded) as caught:
+        gate.check(load, wish, 9.0)
+    assert caught.value.retry_after_s == pytest.approx(15.0)
+
+
+def test_one_key_leaves_room_for_the_next():
+    gate = Gate(Limits(max_requests=100))
+    units = {"normal": 1000}
+    alone = Load(num_waiting=75, rank_units=units, tenant_num=75, tenant_units=1000)
+    with pytest.raises(ShareExceeded, match="75 requests waiting, and its share of the queue is 75"):
+        gate.check(alone, Wish("a", "normal", 1, 10, 10, 600.0), 0.0)
+    gate.check(alone, Wish("", "normal", 1, 10, 10, 600.0), 0.0)
+    crowded = Load(num_waiting=75, rank_units=units, tenant_num=25, tenant_units=300, num_tenants=4)
+    with pytest.raises(ShareExceeded, match="share of the queue is 25"):
+        gate.check(crowded, Wish("b", "normal", 1, 10, 10, 600.0), 0.0)
+
+
+def test_an_idle_machine_takes_what_one_answer_takes():
+    load = Load(num_seats=4, units_per_s=40.0)
+    assert load.answer_s("normal", 100) == pytest.approx(10.0)
+    assert Load(num_seats=4).answer_s("normal", 100) is None
+
+
+def test_pace_is_units_by_seconds():
+    pace = Pace()
+    assert pace.units_per_s is None
+    for _ in range(50):
+        pace.add(100, 4.0)
+        pace.add(20, 2.0)
+    assert pace.units_per_s == pytest.approx(20.0, rel=0.05)
+
+
+@given(st.lists(st.floats(0, 0.3), min_size=1, max_size=200))
+def test_arrivals_are_counted_within_a_window(pauses):
+    rate, now, times = ArrivalRate(), 0.0, []
+    for pause in pauses:
+        now += pause
+        times.append(now)
+        rate.add(now)
+        seen = rate.per_s(now)
+        assert seen <= sum(t > now - 2.0 for t in times)
+    assert rate.per_s(now + 2.0) == 0.0
+
+
+def test_a_steady_stream_has_its_rate():
+    rate = ArrivalRate()
+    for i in range(500):
+        rate.add(i / 80)
+    assert rate.per_s(500 / 80) == pytest.approx(80, rel=0.05)
