@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 
 CHUNK = 1 << 16  # rows that are looked at together
-PIECE = 1 << 17  # rows that are sorted together
+PIECE = 1 << 16  # rows that are sorted together
+MAX_PIECES = 64  # of more rows than that many pieces hold, the pieces are larger: each is a reading of the file
 
 
 class Column(Protocol):
@@ -64,6 +65,29 @@ def chunks(num_rows: int) -> Iterator[slice]:
     return (slice(start, min(start + CHUNK, num_rows)) for start in range(0, num_rows, CHUNK))
 
 
+def numbers(mask: np.ndarray) -> np.ndarray:
+    """int32: the rows where `mask`. A chunk at a time, as the two below: numpy would widen every number to 8 bytes."""
+    found, size = np.empty(int(np.count_nonzero(mask)), np.int32), 0
+    for chunk in chunks(len(mask)):
+        here = np.flatnonzero(mask[chunk]) + chunk.start
+        found[size : size + len(here)] = here
+        size += len(here)
+    return found
+
+
+def at(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """values[rows]."""
+    found = np.empty(len(rows), values.dtype)
+    for chunk in chunks(len(rows)):
+        found[chunk] = values[rows[chunk]]
+    return found
+
+
+def among(rows: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Those of `rows` where `mask`."""
+    return rows[at(mask, rows)]
+
+
 def take(column: Column, rows: np.ndarray) -> np.ndarray:
     """The values of `rows`, which ascend."""
     found = [values for _, values in _runs(column, rows)]
@@ -75,13 +99,16 @@ def pieces(column: Column, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.nd
 
     Keys are hashes: uint64, or rows of them of which the first decides. A file is read once for each piece.
     """
-    num_pieces = -(-len(rows) // PIECE)
+    num_pieces = min(-(-len(rows) // PIECE), MAX_PIECES)
     if num_pieces == 1:
         yield rows, take(column, rows)
         return
     for number in range(num_pieces):
-        found = [_of_piece(run, keys, number, num_pieces) for run, keys in _runs(column, rows)]
-        yield np.concatenate([run for run, _ in found]), np.concatenate([keys for _, keys in found])
+        yield _joined([_of_piece(run, keys, number, num_pieces) for run, keys in _runs(column, rows)])
+
+
+def _joined(found: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate([rows for rows, _ in found]), np.concatenate([keys for _, keys in found])
 
 
 def _of_piece(rows: np.ndarray, keys: np.ndarray, number: int, num_pieces: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +120,8 @@ def _of_piece(rows: np.ndarray, keys: np.ndarray, number: int, num_pieces: int) 
 def _runs(column: Column, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(rows, their values), a chunk of the column at a time; chunks without any of the rows are not read."""
     for chunk in chunks(len(column)):
-        first, last = np.searchsorted(rows, [chunk.start, chunk.stop])
+        ends = np.array([chunk.start, chunk.stop], rows.dtype)  # of another type, all rows would be converted
+        first, last = np.searchsorted(rows, ends)
         if first < last:
             run = rows[first:last]
             yield run, column[chunk][run - chunk.start]

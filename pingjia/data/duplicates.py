@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from pingjia.data.columns import Column, gather, pieces
+from pingjia.data.columns import Column, among, gather, numbers, pieces
 from pingjia.types import Example, Message
 
 NUM_PERM = 128
@@ -200,16 +200,11 @@ def find_exact(signatures: Signatures, alive: np.ndarray | None = None) -> np.nd
     """int32 [N]: the first row with the same conversation, or -1 for the first itself; of rows where `alive` only."""
     size = len(signatures)
     result = np.full(size, -1, np.int32)
-    for rows, exact in pieces(signatures.exact, _numbers(np.ones(size, bool) if alive is None else alive)):
+    for rows, exact in pieces(signatures.exact, numbers(np.ones(size, bool) if alive is None else alive)):
         ordered, start = _buckets(joined(exact), rows)
         is_later = start != np.arange(len(ordered))
         result[ordered[is_later]] = ordered[start[is_later]]
     return result
-
-
-def _numbers(alive: np.ndarray) -> np.ndarray:
-    """int32: the rows where `alive`."""
-    return np.flatnonzero(alive).astype(np.int32)
 
 
 def joined(exact: np.ndarray) -> np.ndarray:
@@ -225,7 +220,7 @@ def find_near(signatures: Signatures, threshold: float, alive: np.ndarray) -> np
     Memory: about 16 bytes a row, however many rows are near each other.
     """
     result = np.full(len(signatures), -1, np.int32)
-    rows = _with_neighbours(signatures, _numbers(alive))
+    rows = _with_neighbours(signatures, numbers(alive))
     for _ in range(_MAX_ROUNDS):
         if len(rows):
             rows = _follow_sure(signatures, threshold, rows, result)
@@ -243,7 +238,7 @@ def _with_neighbours(signatures: Signatures, rows: np.ndarray) -> np.ndarray:
             is_same = keys[1:] == keys[:-1]
             has_any[piece[order[1:][is_same]]] = True
             has_any[piece[order[:-1][is_same]]] = True
-    return rows[has_any[rows]]
+    return among(rows, has_any)
 
 
 def _buckets(keys: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -272,13 +267,13 @@ def _follow_sure(signatures: Signatures, threshold: float, rows: np.ndarray, res
     for ordered, start in _all_buckets(signatures, rows):
         is_sure[ordered[start != np.arange(len(ordered))]] = False
     for band in signatures.bands:
-        for piece, keys in pieces(band, rows[result[rows] == -1]):
+        for piece, keys in pieces(band, among(rows, result == -1)):
             ordered, start = _buckets(keys, piece)
             first = ordered[start]
             met = (first != ordered) & is_sure[first]
             later, earlier = verified(signatures, ordered[met], signatures, first[met], threshold)
             result[later] = earlier
-    return rows[(result[rows] == -1) & ~is_sure[rows]]
+    return among(rows, (result == -1) & ~is_sure)
 
 
 def _near_pairs(signatures: Signatures, threshold: float, rows: np.ndarray) -> np.ndarray:

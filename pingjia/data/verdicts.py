@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pingjia.data.columns import chunks
+from pingjia.data.columns import at, chunks, numbers
 from pingjia.data.duplicates import find_exact, find_near
 from pingjia.data.leaks import NEARLY, SAME_QUESTION, SAME_ROW, find_leaks
 from pingjia.data.problems import Finding
@@ -77,13 +77,13 @@ def judge_duplicates(
             leaks = new & (how == kind)
             verdicts.reject(kept[leaks], code, held_out.kept_K[where[leaks]])
     if settings.exact:
-        _reject_repeated(kept, find_exact(made, verdicts.alive()[kept]), new, verdicts, EXACT)
+        _reject_repeated(kept, find_exact(made, at(verdicts.alive(), kept)), new, verdicts, EXACT)
     if settings.near is not None and not first:
-        _reject_repeated(kept, find_near(made, settings.near, verdicts.alive()[kept]), new, verdicts, NEAR)
+        _reject_repeated(kept, find_near(made, settings.near, at(verdicts.alive(), kept)), new, verdicts, NEAR)
 
 
 def _reject_repeated(kept: np.ndarray, found: np.ndarray, new: np.ndarray, verdicts: Verdicts, code: int) -> None:
-    rows = np.flatnonzero(new & (found >= 0))
+    rows = numbers(new & (found >= 0))
     verdicts.reject(kept[rows], code, kept[found[rows]])
 
 

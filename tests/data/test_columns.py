@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pingjia.data import columns
-from pingjia.data.columns import FileColumn, chunks, gather, pieces, take
+from pingjia.data.columns import FileColumn, among, at, chunks, gather, numbers, pieces, take
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +65,14 @@ def test_equal_keys_are_in_one_piece_and_every_row_in_one(values: np.ndarray, on
 
 def test_no_rows_have_no_pieces(on_disk: FileColumn) -> None:
     assert [*pieces(on_disk, np.zeros(0, np.int32))] == []
+
+
+def test_numbers_of_a_mask_are_half_as_wide() -> None:
+    mask = np.arange(53) % 3 == 0
+    rows = numbers(mask)
+    assert rows.dtype == np.int32
+    assert rows.tolist() == np.flatnonzero(mask).tolist()
+    values = np.arange(53) * 2
+    assert at(values, rows).tolist() == values[mask].tolist()
+    assert among(rows, values > 50).tolist() == [27, 30, 33, 36, 39, 42, 45, 48, 51]
+    assert numbers(mask[:0]).tolist() == []
