@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pingjia.tune.fused import unfused
 from pingjia.tune.groups import module_of
 
 
@@ -54,7 +55,7 @@ def _advice(dtype: torch.dtype) -> str:
 def find_cause(model: torch.nn.Module, forward_passes: Sequence[Callable[[], object]]) -> Cause | None:
     """The first module whose output holds a number that is none. None when the forward passes are sound."""
     found: list[Cause] = []
-    with torch.no_grad(), _watched(model, found):
+    with torch.no_grad(), unfused(model), _watched(model, found):
         for forward in forward_passes:
             forward()
             if found:
