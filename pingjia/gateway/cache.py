@@ -18,8 +18,8 @@ from prometheus_client import CollectorRegistry, Counter
 from pingjia.gateway.answer import Source
 from pingjia.gateway.cache_key import Weights, cache_key, is_repeatable, weights_of
 from pingjia.gateway.cache_store import MemoryStore, RedisStore, Store
-from pingjia.gateway.cached_answer import CachedAnswer, load
-from pingjia.gateway.flights import Flights, Follower
+from pingjia.gateway.cached_answer import CachedAnswer, load, reused
+from pingjia.gateway.flights import Flight, Flights, Follower
 from pingjia.gateway.settings import GatewaySettings
 from pingjia.types import Chunk, ModelCard, Request
 
@@ -91,6 +91,8 @@ class ResultCache:
         try:
             for request in requests:
                 await answers.look_up(request)
+            if answers.are_shared:
+                question.headers.setdefault("age", "0")
             self._note(question, "HIT" if answers.are_shared else "MISS")
             yield answers
         finally:
@@ -141,12 +143,14 @@ class ResultCache:
         """Compute the answer, for this question and for those that join it; keep it when it is whole."""
         started, purges = time.perf_counter(), self._purges
 
-        async def landed(chunks: list[Chunk]) -> None:
-            whole = all(c.error is None and c.finish_reason in (None, "stop", "length") for c in chunks)
+        async def landed(flight: Flight) -> None:
+            seconds = time.perf_counter() - started
+            whole = all(c.error is None and c.finish_reason in (None, "stop", "length") for c in flight.answer)
             # If an adapter was replaced meanwhile, nobody can say which of the two has answered.
             if whole and purges == self._purges and self._is_served(question):
-                answer = CachedAnswer(tuple(chunks), time.time(), round(time.perf_counter() - started, 6))
+                answer = CachedAnswer(tuple(flight.answer), time.time(), round(seconds, 6))
                 await self._store.put(question.owner, key, answer.dump())
+            self._saved.inc(seconds * (flight.num_joined - 1))
 
         return self._flights.begin(key, lambda: _travel(request, road), landed, request.sampling.n)
 
@@ -170,16 +174,16 @@ class CachedAnswers:
     async def look_up(self, request: Request) -> None:
         """Decide where the answer comes from; from here on it is under way."""
         key = cache_key(request, self.weights, self.question.owner)
-        if self.question.wish.read:
-            answer = await self.cache.find(key, self.question)
-            if answer is not None:
-                self._kept[request.id] = answer
-                return
-            follower = self.cache.join(key)
-            if follower is not None:
-                self._coming[request.id] = follower
-                return
-        self._coming[request.id] = self._begin(key, request)
+        if not self.question.wish.read:
+            self._coming[request.id] = self._begin(key, request)
+            return
+        # A flight ends when its answer is kept: whoever finds neither before nor after has missed nothing.
+        follower = self.cache.join(key)
+        answer = None if follower is not None else await self.cache.find(key, self.question)
+        if answer is not None:
+            self._kept[request.id] = answer
+        else:
+            self._coming[request.id] = follower or self.cache.join(key) or self._begin(key, request)
 
     @property
     def are_shared(self) -> bool:
@@ -193,11 +197,9 @@ class CachedAnswers:
             for chunk in answer.replay():
                 yield chunk
             return
-        began = False
-        follower = self._coming[request.id]
-        was_owner = follower.is_owner
+        began, was_owner = False, self._coming[request.id].is_owner
         try:
-            async for chunk in follower.chunks():
+            async for chunk in self._follow(request):
                 began = True
                 yield chunk
             return
@@ -205,11 +207,16 @@ class CachedAnswers:
             if began or was_owner:
                 raise
         # What failed was another's request, perhaps for reasons of its own, such as an early deadline.
-        await follower.leave()
+        await self._coming[request.id].leave()
         key = cache_key(request, self.weights, self.question.owner)
-        follower = self._coming[request.id] = self._begin(key, request)
-        async for chunk in follower.chunks():
+        self._coming[request.id] = self.cache.join(key) or self._begin(key, request)
+        async for chunk in self._follow(request):
             yield chunk
+
+    async def _follow(self, request: Request) -> AsyncIterator[Chunk]:
+        follower = self._coming[request.id]
+        async for chunk in follower.chunks():
+            yield chunk if follower.is_owner else reused(chunk)
 
     async def close(self) -> None:
         """Let go of what is still on its way."""

@@ -26,8 +26,8 @@ class CachedAnswer:
         return json.dumps([self.made_at, self.seconds, rows], ensure_ascii=False, separators=(",", ":")).encode()
 
     def replay(self) -> list[Chunk]:
-        """The chunks as an answer to somebody else: none of the prompt was computed again."""
-        return [chunk if chunk.usage is None else replace(chunk, usage=_reused(chunk.usage)) for chunk in self.chunks]
+        """The chunks as an answer to somebody else."""
+        return list(map(reused, self.chunks))
 
 
 def load(data: bytes) -> CachedAnswer:
@@ -52,8 +52,11 @@ def compact(chunks: Sequence[Chunk]) -> list[Chunk]:
     return pieces
 
 
-def _reused(usage: Usage) -> Usage:
-    return replace(usage, cached_tokens=usage.prompt_tokens)
+def reused(chunk: Chunk) -> Chunk:
+    """The chunk for somebody for whom the prompt was not computed."""
+    if chunk.usage is None:
+        return chunk
+    return replace(chunk, usage=replace(chunk.usage, cached_tokens=chunk.usage.prompt_tokens))
 
 
 def _join(run: Sequence[Chunk]) -> Chunk:

@@ -15,42 +15,49 @@ from pingjia.types import Chunk
 Start = Callable[[], AsyncIterator[Chunk]]
 """Begins to compute the answer. Closing the iterator ends that."""
 
-Landed = Callable[[list[Chunk]], Awaitable[None]]
-"""Hears of a whole answer."""
+Landed = Callable[["Flight"], Awaitable[None]]
+"""Hears of a flight whose answer is whole."""
 
 
 class Flight:
     """One answer on its way. Begins when it is made; `ended` is called once, whatever the end.
 
-    num_choices: how many finish reasons it has.
+    num_choices: how many finish reasons it has. `answer`: what has come. `num_joined`: all who came.
     """
 
     def __init__(self, start: Start, landed: Landed, ended: Callable[[], None], num_choices: int = 1) -> None:
-        self._chunks: list[Chunk] = []
+        self.answer: list[Chunk] = []
+        self.num_joined = 0
         self._error: Exception | None = None
         self._is_over = False
         self._num_unfinished = num_choices
         self._news = asyncio.Event()
         self._followers: list[Follower] = []
+        self._owner: Follower | None = None  # once the answer is whole
         self._task = asyncio.create_task(self._fly(start, landed))
         self._task.add_done_callback(lambda _: ended())
 
     def follow(self) -> Follower:
         """Come along: from the first chunk, however late."""
+        self.num_joined += 1
         follower = Follower(self)
         self._followers.append(follower)
         return follower
 
     def owner(self) -> Follower | None:
-        """For whom it is computed: who asked first of those who stayed."""
-        return self._followers[0] if self._followers else None
+        """For whom it is computed: who asked first of those who stayed to the end."""
+        return self._owner or (self._followers[0] if self._followers else None)
+
+    @property
+    def has_failed(self) -> bool:
+        return self._is_over and self._num_unfinished > 0
 
     async def chunks(self) -> AsyncIterator[Chunk]:
         """What has come, then what comes. Raises what the backend raised."""
         i = 0
         while True:
-            while i < len(self._chunks):
-                yield self._chunks[i]
+            while i < len(self.answer):
+                yield self.answer[i]
                 i += 1
             if self._error is not None:
                 raise self._error
@@ -73,7 +80,7 @@ class Flight:
                     if self._num_unfinished <= 0:
                         break
             if self._num_unfinished <= 0:
-                await landed(self._chunks)
+                await landed(self)
         except Exception as e:
             self._error = e
         finally:
@@ -82,7 +89,9 @@ class Flight:
 
     def _add(self, chunk: Chunk) -> None:
         self._num_unfinished -= chunk.finish_reason is not None
-        self._chunks.append(chunk)
+        self.answer.append(chunk)
+        if self._num_unfinished <= 0 and self._followers:
+            self._owner = self._followers[0]
         self._tell()
 
     def _tell(self) -> None:
@@ -120,9 +129,9 @@ class Flights:
         return len(self._by_key)
 
     def join(self, key: str) -> Follower | None:
-        """Follow the flight for `key`, if there is one."""
+        """Follow the flight for `key`, if there is one that has not failed."""
         flight = self._by_key.get(key)
-        return flight.follow() if flight is not None else None
+        return flight.follow() if flight is not None and not flight.has_failed else None
 
     def begin(self, key: str, start: Start, landed: Landed, num_choices: int = 1) -> Follower:
         """Follow a new flight, which from now on is the one for `key`."""
