@@ -420,6 +420,7 @@ class Engine:
     def _compute(self, plan: list[Slice]) -> _Outcome:
         """Run the plan and choose tokens; tell the slices that went well from those that did not."""
         try:
+            self._pool.copy(self._scheduler.copies())
             with _drafts_in_place(plan):
                 logits = self._runner.run(plan)
             rows = _Rows(plan, *self._runner.judge(logits))
@@ -492,7 +493,9 @@ class Engine:
 
     def _fail(self, live: _Live, error: str) -> tuple[str, Chunk]:
         # What this step wrote is on pages of its own, from num_computed on; shared pages lie before.
-        self._pool.scrub(live.sequence.pages[live.sequence.num_computed // self._page_size :])
+        broken = live.sequence.pages[live.sequence.num_computed // self._page_size :]
+        self._pages.forget(broken)
+        self._pool.scrub(broken)
         self._drop(live)
         usage = Usage(live.sequence.num_prompt, live.sequence.num_tokens - live.sequence.num_prompt, live.num_cached)
         return live.request.id, Chunk(finish_reason="error", usage=usage, error=error)

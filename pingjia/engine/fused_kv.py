@@ -14,29 +14,40 @@ from pingjia.engine.kv import LayerShape, zero_pages
 
 
 class FusedPool:
-    """One tensor of keys and one of values per layer, and for INT8 their scales; allocated once."""
+    """Keys and values of all layers, and for INT8 their scales, each in one tensor; allocated once.
+
+    k[i], v[i], k_scale[i], v_scale[i] are layer i's part. Every layer must have the same shape.
+    """
 
     def __init__(self, layers: dict[int, LayerShape], num_pages: int, page_size: int) -> None:
         shape = next(iter(layers.values()))
+        assert all(other == shape for other in layers.values()), "the compiled pass knows layers of one shape only"
         self.page_size, self.dtype, self.device = page_size, shape.stored, shape.device
-        self.k = {i: zero_pages(s, (num_pages, s.num_kv_heads, s.head_dim, page_size)) for i, s in layers.items()}
-        self.v = {i: zero_pages(s, (num_pages, s.num_kv_heads, page_size, s.head_dim)) for i, s in layers.items()}
+        outer, heads, size = (len(layers), num_pages), shape.num_kv_heads, shape.head_dim
+        k = zero_pages(shape, (*outer, heads, size, page_size))
+        v = zero_pages(shape, (*outer, heads, page_size, size))
+        self._tensors = [k, v]
+        self.k, self.v = dict(zip(layers, k, strict=True)), dict(zip(layers, v, strict=True))
         self.k_scale: dict[int, torch.Tensor] = {}
         self.v_scale: dict[int, torch.Tensor] = {}
         if self.dtype == torch.int8:
-            for scales in (self.k_scale, self.v_scale):
-                scales |= {i: torch.zeros(num_pages, s.num_kv_heads, page_size) for i, s in layers.items()}
+            scales = [torch.zeros(*outer, heads, page_size) for _ in self._tensors]
+            self._tensors += scales
+            self.k_scale, self.v_scale = (dict(zip(layers, both, strict=True)) for both in scales)
 
-    def _tensors(self) -> list[torch.Tensor]:
-        return [tensor for part in (self.k, self.v, self.k_scale, self.v_scale) for tensor in part.values()]
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors)
 
     def scrub(self, pages: list[int]) -> None:
         """Forget the content of pages that may hold not-a-numbers."""
-        for tensor in self._tensors():
-            tensor[pages] = 0
+        for tensor in self._tensors:
+            tensor[:, pages] = 0
 
     def copy(self, pages: list[tuple[int, int]]) -> None:
-        """Copy whole pages, (from, to) each, in every layer: what a forked answer goes on from."""
-        sources, targets = [list(side) for side in zip(*pages, strict=True)] if pages else ([], [])
-        for tensor in self._tensors():
-            tensor[targets] = tensor[sources]
+        """Copy whole pages, (from, to) each, in every layer; all are read before any is written."""
+        if not pages:
+            return
+        sources, targets = [list(side) for side in zip(*pages, strict=True)]
+        for tensor in self._tensors:
+            tensor[:, targets] = tensor[:, sources]

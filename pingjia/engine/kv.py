@@ -120,14 +120,20 @@ class KVPool:
     def _tensors(self) -> list[torch.Tensor]:
         return [tensor for part in (self.k, self.v, self.k_scale, self.v_scale) for tensor in part.values()]
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors())
+
     def scrub(self, pages: list[int]) -> None:
         """Forget the content of pages that may hold not-a-numbers: masked keys are still multiplied, by zero."""
         for tensor in self._tensors():
             tensor[pages] = 0
 
     def copy(self, pages: list[tuple[int, int]]) -> None:
-        """Copy whole pages, (from, to) each, in every layer: what a forked answer goes on from."""
-        sources, targets = [list(side) for side in zip(*pages, strict=True)] if pages else ([], [])
+        """Copy whole pages, (from, to) each, in every layer; all are read before any is written."""
+        if not pages:
+            return
+        sources, targets = [list(side) for side in zip(*pages, strict=True)]
         for tensor in self._tensors():
             tensor[targets] = tensor[sources]
 

@@ -1,8 +1,8 @@
 """Who owns which KV page. Pure bookkeeping of page numbers; the tensors are in kv.py.
 
 A page is free, owned by one or more sequences, or idle: owned by none but kept under its content key until its place
-is needed (least recently used first). Only full pages have a key, and a full page is never written again, so sharing
-needs no copies.
+is needed (least recently used first). A full page is never written again, so sharing it needs no copy. The page in
+which a prompt ends has a key for its beginning too, its tail: whoever finds it copies the page and writes on.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class PageAllocator:
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._key_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
+        self._tail_of: dict[int, bytes] = {}
+        self._page_of_tail: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
@@ -69,7 +71,7 @@ class PageAllocator:
             page = self._free.pop()
         else:
             page, _ = self._idle.popitem(last=False)
-            del self._page_of[self._key_of.pop(page)]
+            self._unregister(page)
         self._owners[page] = 1
         return page
 
@@ -78,6 +80,27 @@ class PageAllocator:
         if self.reuse and key not in self._page_of and page not in self._key_of:
             self._page_of[key] = page
             self._key_of[page] = key
+
+    def register_tail(self, page: int, key: bytes) -> None:
+        """Make the page findable in which a prompt ends; what is in it now stays, more may be written behind it."""
+        if self.reuse and key not in self._page_of_tail and page not in self._tail_of:
+            self._page_of_tail[key] = page
+            self._tail_of[page] = key
+
+    def find_tail(self, key: bytes) -> int | None:
+        """The page to copy for this end of a prompt; good until pages of this step are written."""
+        return self._page_of_tail.get(key)
+
+    def forget(self, pages: Iterable[int]) -> None:
+        """Make owned pages unfindable: what they hold is no good."""
+        for page in pages:
+            assert self._owners[page] > 0, f"page {page} is not owned"
+            self._unregister(page)
+
+    def _unregister(self, page: int) -> None:
+        for keys, pages in ((self._key_of, self._page_of), (self._tail_of, self._page_of_tail)):
+            if page in keys:
+                del pages[keys.pop(page)]
 
     def release(self, pages: Sequence[int]) -> None:
         """Drop one owner of each. The end of a sequence goes first, so that beginnings stay findable longest."""
@@ -88,7 +111,7 @@ class PageAllocator:
                 self._make_available(page)
 
     def _make_available(self, page: int) -> None:
-        if page in self._key_of:
+        if page in self._key_of or page in self._tail_of:
             self._idle[page] = None
         else:
             self._free.append(page)

@@ -44,6 +44,7 @@ class Scheduler:
         self._leading: dict[bytes, Sequence] = {}  # by prompt_key, until the first token of the answer
         self._num_following = 0
         self._plan: dict[Sequence, Slice] = {}
+        self._copies: dict[Sequence, tuple[int, int]] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -98,11 +99,15 @@ class Scheduler:
 
     def plan(self) -> list[Slice]:
         """Choose the next step: decodes first, then prompts by age within the token budget. Empty only when idle."""
-        self._plan = {}
+        self._plan, self._copies = {}, {}
         self._decode()
         budget = max(self.seats.max_num_batched_tokens - sum(p.num_tokens for p in self._plan.values()), 1)
         self._prefill(budget - self._overtake(budget // 2))
         return list(self._plan.values())
+
+    def copies(self) -> list[tuple[int, int]]:
+        """Pages to copy, (from, to), before the plan is computed. All are to be read before any is written."""
+        return list(self._copies.values())
 
     def commit(self, done: Iterable[tuple[Slice, list[int]]]) -> None:
         """Record what was computed: slices of the last plan, each with the tokens that follow it, if it samples.
@@ -115,6 +120,7 @@ class Scheduler:
             assert len(tokens) <= piece.num_outputs
             if piece.ends_prompt:
                 self._end_leading(piece.sequence)
+                self._register_tail(piece.sequence)
             piece.sequence.tokens += tokens
             self._advance(piece, piece.stop - piece.num_drafts + max(len(tokens) - 1, 0))
 
@@ -151,6 +157,18 @@ class Scheduler:
         keys = sequence.keys(last, size)
         for index in range(first, last):
             self.pages.register(sequence.pages[index], keys[index])
+
+    def _register_tail(self, sequence: Sequence) -> None:
+        index, count = sequence.tail(self.seats.page_size)
+        if count:
+            self.pages.register_tail(sequence.pages[index], sequence.tail_key(self.seats.page_size))
+
+    def _find_tail(self, sequence: Sequence, num_shared: int) -> int | None:
+        """The page that holds the rest of this prompt but for its last token, when all pages before are shared."""
+        index, count = sequence.tail(self.seats.page_size)
+        if not count or num_shared != index:
+            return None
+        return self.pages.find_tail(sequence.tail_key(self.seats.page_size))
 
     def _decode(self) -> None:
         for sequence in list(self.running):
@@ -226,19 +244,24 @@ class Scheduler:
         shared = self.pages.match(
             sequence.keys((sequence.num_tokens - 1) // self.seats.page_size, self.seats.page_size)
         )
+        tail = self._find_tail(sequence, len(shared))
         self.pages.take(shared)
         need = self._num_pages(sequence) - len(shared)
         if not self._make_room(sequence, need):
             self.pages.release(shared)
             return False
-        self._seat(sequence, shared, self.pages.allocate(need))
+        self._seat(sequence, shared, self.pages.allocate(need), tail)
         return True
 
-    def _seat(self, sequence: Sequence, shared: list[int], fresh: list[int]) -> None:
+    def _seat(self, sequence: Sequence, shared: list[int], fresh: list[int], tail: int | None) -> None:
         self.waiting.remove(sequence)
         bisect.insort(self.running, sequence, key=_BY_AGE)
         sequence.pages = shared + fresh
         sequence.num_computed = len(shared) * self.seats.page_size
+        if tail is not None:
+            # The allocator may just have given the tail's page away: it is copied before anything is written.
+            self._copies[sequence] = (tail, fresh[0])
+            sequence.num_computed = sequence.num_prompt - 1
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
 
@@ -263,6 +286,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
         self._plan.pop(sequence, None)
+        self._copies.pop(sequence, None)
         self.running.remove(sequence)
         self._release(sequence)
         bisect.insort(self.waiting, sequence, key=_BY_AGE)

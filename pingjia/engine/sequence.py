@@ -59,6 +59,16 @@ class Sequence:
             self._keys.append(page_key(parent, self.tokens[start : start + page_size]))
         return self._keys[:num_pages]
 
+    def tail(self, page_size: int) -> tuple[int, int]:
+        """(page, tokens in it) of the prompt without its last token, which is computed anew for its logits."""
+        return divmod(self.num_prompt - 1, page_size)
+
+    def tail_key(self, page_size: int) -> bytes:
+        """Content key of those tokens; never that of a full page, which has more."""
+        index, count = self.tail(page_size)
+        parent = self.keys(index, page_size)[-1] if index else self.root
+        return page_key(parent, self.tokens[index * page_size :][:count])
+
 
 @dataclass(frozen=True, slots=True)
 class Slice:

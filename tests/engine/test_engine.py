@@ -132,7 +132,7 @@ def test_streamed_pieces_join_to_the_whole_answer(tiny_engine: MakeEngine) -> No
     assert tuple(t for c in chunks for t in c.token_ids) == whole.token_ids
     assert [c.finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-1].usage is not None
-    assert chunks[-1].usage.cached_tokens == 0  # three letters fill no page
+    assert chunks[-1].usage.cached_tokens == 3  # all of an equal prompt but its last token, computed for its logits
 
 
 def test_closing_a_stream_ends_its_request(tiny_engine: MakeEngine) -> None:

@@ -80,6 +80,7 @@ class House:
     num_wrong: int = 0
     guess_rate: float = 0.0
     num_copies: int = 0
+    num_tails: int = 0
 
     def __post_init__(self) -> None:
         self.pages = PageAllocator(self.num_pages, reuse=self.reuse)
@@ -126,6 +127,7 @@ class House:
         self.check_preempted(before)
         self.num_steps += bool(plan)
         self.check_plan(plan)
+        self.copy(self.scheduler.copies())
         done: list[tuple[Slice, list[int]]] = []
         for piece in plan:
             tokens = self.compute(piece)
@@ -143,6 +145,15 @@ class House:
         for sequence in said:
             self.maybe_finish(sequence)
         return plan
+
+    def copy(self, pages: list[tuple[int, int]]) -> None:
+        """The ends of prompts that are had again, read before any is written."""
+        size = self.seats.page_size
+        read = {target: [self.slots.get(source * size + i, -1) for i in range(size)] for source, target in pages}
+        assert len(read) == len(pages), "two copies into one page"
+        for target, values in read.items():
+            self.slots |= {target * size + i: value for i, value in enumerate(values)}
+        self.num_tails += len(pages)
 
     def guess(self) -> None:
         """Some answers guess at their next tokens, rightly up to a point."""
@@ -267,6 +278,7 @@ class House:
         assert sorted([*free, *idle, *owners]) == list(range(self.num_pages)), "a page is lost or is in two places"
         assert not any(s.pages for s in self.scheduler.waiting)
         assert self.pages._page_of == {key: page for page, key in self.pages._key_of.items()}
+        assert self.pages._page_of_tail == {key: page for page, key in self.pages._tail_of.items()}
         for sequence in self.scheduler.running:
             for page in sequence.pages[sequence.num_computed // self.seats.page_size :]:
                 assert owners[page] == 1, "a page that is still written to is shared"
@@ -325,6 +337,8 @@ def test_nothing_leaks_and_every_answer_is_right_under_random_load(scene: Seats,
     assert (house.num_forks > 100) == reuse
     if scene.max_num_seqs > 1 and scene.page_size > 1:
         assert (house.num_copies > 10) == reuse
+    if scene.page_size > 1:
+        assert (house.num_tails > 10) == reuse
     if scene.max_num_seqs > 1 and scene.page_size < 16:
         assert house.scheduler.num_preemptions > 10, "the scene was meant to run out of pages"
     if scene.causal_prompt and scene.max_num_batched_tokens < 75:
@@ -417,10 +431,46 @@ def test_a_whole_prompt_that_is_equal_is_reused_in_a_two_way_family() -> None:
     for _ in range(2):
         house.admit(list(range(1, 20)), None, 2)
         house.drain()
-    assert house.num_cached == 16
+    assert (house.num_cached, house.num_tails) == (18, 1)
     house.admit([*range(1, 19), 7], None, 2)
     house.drain()
-    assert house.num_cached == 16
+    assert house.num_cached == 18
+
+
+def test_of_an_equal_prompt_only_the_last_token_is_computed_again() -> None:
+    for length in (1, 4, 5, 16, 17, 19):
+        house = House(Seats(8, 64, 4), num_pages=40, rng=random.Random(1))
+        prompt = [token + 1 for token in range(length)]
+        house.admit(prompt, None, 3)
+        house.drain()
+        house.admit(prompt, None, 3)
+        assert [(piece.start, piece.stop) for piece in house.step()] == [(length - 1, length)]
+        house.drain()
+
+
+def test_the_end_of_a_prompt_is_found_while_its_answer_goes_on_and_after_the_page_is_full() -> None:
+    house = House(Seats(8, 64, 4), num_pages=40, rng=random.Random(1))
+    prompt = next(p for t in range(1, 23) if len(true_answer(p := [t] * 6, None, 30, causal_values)) == 30)
+    first = house.admit(prompt, None, 30)
+    for num_steps in (2, 5):
+        for _ in range(num_steps):
+            house.step()
+        assert first in house.live
+        house.admit(prompt, None, 2)
+        assert min(piece.stop - piece.start for piece in house.step()) == 1
+    assert house.num_tails == 2
+    house.drain()
+
+
+def test_what_a_failed_request_wrote_is_not_found_again() -> None:
+    house = House(Seats(8, 64, 4), num_pages=40, rng=random.Random(1))
+    name = house.admit([1, 2, 3, 4, 5, 6], None, 20)
+    house.step()
+    house.pages.forget(house.live[name][0].pages)
+    house.end(name)
+    house.admit([1, 2, 3, 4, 5, 6], None, 2)
+    assert [(piece.start, piece.stop) for piece in house.step()] == [(0, 6)]
+    house.drain()
 
 
 # ---- several answers to one prompt
