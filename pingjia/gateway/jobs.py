@@ -169,8 +169,14 @@ class Jobs:
             ending = e
         finally:
             await answer.close()
-        note = {"model": record.model, "status": status_of(ending), "job": record.id}
+        note = {"model": record.model, "status": status_of(ending), "job": record.id, "share_s": _computing_s(answer)}
         self._service.append(_fact(record, answer.usage, self._service.clock() - started, note))
+
+
+def _computing_s(answer: Answer) -> float:
+    """Seconds from first to last token, of all choices: what a budget counts. It must not pay for waiting."""
+    spans = [t.last_at - t.first_at for t in answer.tallies if t.first_at is not None and t.last_at is not None]
+    return round(sum(spans), 6)
 
 
 def _fact(record: JobRecord, usage: Usage, seconds: float, note: dict[str, Any]) -> Fact:

@@ -113,7 +113,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Answer a conversation."""
     service, caller = _service(request), caller_of(request)
     ask = service.front.apply(chat.understand(body, service), body.model, caller.headers)
-    if _is_asynchronous(request, body):
+    if _is_asynchronous(request, body) and ask.refusal is None:  # nothing to wait for
         return await _accepted(request, ask, "chat", caller)
     shape = chat.ChatShape(ask, service.tokenizer, include_usage=_wants_usage(body))
     return (stream_reply if body.stream else whole_reply)(service, ask, caller, shape)

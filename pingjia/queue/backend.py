@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import cast
 
 from pingjia.queue.job import End, Job, Part
@@ -55,7 +55,7 @@ class QueueBackend:
         cards = [worker.models for worker in self.snapshot.workers if worker.models]
         if cards:
             common = set.intersection(*({card.id for card in models} for models in cards))
-            self._models = [card for card in cards[0] if card.id in common]
+            self._models = [_agreed(card, cards) for card in cards[0] if card.id in common]
         return self._models
 
     def stats(self) -> EngineStats:
@@ -100,6 +100,12 @@ class QueueBackend:
                 if part.end is not None:
                     for chunk in _last(part.end):
                         yield chunk
+
+
+def _agreed(card: ModelCard, cards: Sequence[Sequence[ModelCard]]) -> ModelCard:
+    """The card, without its digest where workers have other weights under the name: any of them may answer."""
+    digests = {other.digest for models in cards for other in models if other.id == card.id}
+    return card if len(digests) == 1 else replace(card, digest="")
 
 
 def _last(end: End) -> list[Chunk]:
