@@ -17,10 +17,12 @@ from starlette.middleware.cors import CORSMiddleware
 from pingjia import __version__
 from pingjia.chat.tokenizer import Tokenizer
 from pingjia.errors import UserError
-from pingjia.gateway import cache_routes, errors, job_routes, routes
+from pingjia.gateway import batch_routes, cache_routes, errors, job_routes, routes
 from pingjia.gateway.access_log import AccessLog
 from pingjia.gateway.auth import Auth, KeyRing, load_keys
+from pingjia.gateway.batches import Batches
 from pingjia.gateway.body_limit import BodyLimit
+from pingjia.gateway.files import FileStore, state_dir
 from pingjia.gateway.jobs import Jobs
 from pingjia.gateway.request_id import RequestId
 from pingjia.gateway.response_headers import ResponseHeaders
@@ -32,6 +34,7 @@ from pingjia.queue.opening import open_queue
 from pingjia.types import Backend
 
 _LIMITS = ("requests", "tokens")
+_FORM_BYTES = 64_000  # what a form adds to the file in it
 _LIMIT_HEADERS = [f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in _LIMITS]
 _EXPOSED = ["x-request-id", "retry-after", "x-cache", "age", "x-language", *_LIMIT_HEADERS]
 
@@ -72,6 +75,9 @@ def create_app(
     )
     app.state.service = service
     app.state.jobs = Jobs(service)
+    root = state_dir(settings.files_dir)
+    app.state.files = FileStore(root, settings.max_file_bytes)
+    app.state.batches = Batches(service, app.state.files, root)
     errors.install(app)
     app.include_router(routes.health_router)
     # Checks nothing (`Auth` does, before the body is read), but puts the scheme into the OpenAPI document.
@@ -79,6 +85,7 @@ def create_app(
     app.include_router(routes.router, dependencies=locks)
     app.include_router(cache_routes.router, dependencies=locks)
     app.include_router(job_routes.router, dependencies=locks)
+    app.include_router(batch_routes.router, dependencies=locks)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -112,15 +119,21 @@ def _middleware(service: Service, keys: KeyRing) -> list[Middleware]:
         Middleware(errors.LastResort),
         *([cors] if settings.cors_origins else []),
         Middleware(Auth, keys=keys),
-        Middleware(BodyLimit, max_bytes=settings.max_body_bytes, max_s=settings.body_s),
+        Middleware(BodyLimit, max_bytes=settings.max_body_bytes, max_s=settings.body_s, streamed=_streamed(settings)),
     ]
+
+
+def _streamed(settings: GatewaySettings) -> dict[str, int]:
+    return {"/v1/files": settings.max_file_bytes + _FORM_BYTES}
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     service: Service = app.state.service
     await service.roads.start()
+    await app.state.batches.start()
     yield
+    await app.state.batches.close()
     await app.state.jobs.close()
     await service.roads.stop()
     await service.guard.close()

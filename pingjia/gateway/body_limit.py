@@ -6,7 +6,7 @@ The whole body is read here, before anything else costs time; the application ge
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,16 +15,23 @@ from pingjia.gateway.errors import BodyTooLarge, BodyTooSlow, respond
 
 
 class BodyLimit:
-    """413 over `max_bytes`, 408 over `max_s`."""
+    """413 over `max_bytes`, 408 over `max_s`. `streamed`: path -> its own limit in bytes.
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_s: float) -> None:
+    Bodies of those paths are not held here; too much, or a pause of `max_s`, is an error while they are read.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_s: float, streamed: Mapping[str, int] | None = None) -> None:
         self.app = app
         self.max_bytes = max_bytes
         self.max_s = max_s
+        self.streamed = streamed or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        if scope["path"] in self.streamed:
+            await self.app(scope, self._counted(receive, self.streamed[scope["path"]]), send)
             return
         try:
             self._check(_declared(scope["headers"]))
@@ -51,6 +58,28 @@ class BodyLimit:
         except TimeoutError:
             message_text = f"the body was not complete after {self.max_s:g} s ({len(body)} bytes came); send it faster"
             raise BodyTooSlow(message_text) from None
+
+    def _counted(self, receive: Receive, max_bytes: int) -> Receive:
+        num_bytes, is_over = 0, False
+
+        async def counted() -> Message:
+            nonlocal num_bytes, is_over
+            if is_over:
+                return await receive()
+            try:
+                async with asyncio.timeout(self.max_s):
+                    message = await receive()
+            except TimeoutError:
+                raise BodyTooSlow(
+                    f"nothing came for {self.max_s:g} s after {num_bytes} bytes; send it faster"
+                ) from None
+            num_bytes += len(message.get("body", b""))
+            is_over = not message.get("more_body", False)
+            if num_bytes > max_bytes:
+                raise BodyTooLarge(f"the body has {num_bytes} bytes or more; this server takes {max_bytes} here")
+            return message
+
+        return counted
 
     def _check(self, num_bytes: int) -> None:
         if num_bytes > self.max_bytes:

@@ -43,6 +43,7 @@ _REASONS = {
     500: "the engine or the server failed",
     503: "too many answers in work (with Retry-After), or not ready",
     504: "the answer took longer than a request may",
+    507: "the disk refused",
 }
 
 
@@ -64,7 +65,7 @@ def _events(schema: type) -> dict[int | str, dict[str, Any]]:
 STREAMED = (ChatChunk,)
 """Models that only events have, so that FastAPI does not find them by itself."""
 
-_ANSWER_ERRORS = errors_of(*(status for status in _REASONS if status != 403))
+_ANSWER_ERRORS = errors_of(*(status for status in _REASONS if status not in (403, 507)))
 _ACCEPTED: dict[int | str, dict[str, Any]] = {
     202: {"model": JobOut, "description": "with the header Prefer: respond-async; Location has the job"}
 }
@@ -100,14 +101,14 @@ async def _json_only(request: Request) -> None:
         )
 
 
-_JSON = [Depends(_json_only)]
+JSON_ONLY = [Depends(_json_only)]
 
 
 @router.post(
     "/v1/chat/completions",
     response_model=ChatCompletion,
     responses={**_events(ChatChunk), **_ACCEPTED, **_ANSWER_ERRORS},
-    dependencies=_JSON,
+    dependencies=JSON_ONLY,
 )
 async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Answer a conversation."""
@@ -123,7 +124,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     "/v1/completions",
     response_model=TextCompletion,
     responses={**_events(TextCompletion), **_ACCEPTED, **_ANSWER_ERRORS},
-    dependencies=_JSON,
+    dependencies=JSON_ONLY,
 )
 async def text_completions(body: CompletionBody, request: Request) -> Response:
     """Continue raw text."""
@@ -135,7 +136,7 @@ async def text_completions(body: CompletionBody, request: Request) -> Response:
     return (stream_reply if body.stream else whole_reply)(service, ask, caller, shape)
 
 
-@router.post("/", response_model=DemoAnswer, responses=_ANSWER_ERRORS, dependencies=_JSON)
+@router.post("/", response_model=DemoAnswer, responses=_ANSWER_ERRORS, dependencies=JSON_ONLY)
 async def chatglm_demo(body: DemoBody, request: Request) -> Response:
     """Answer in the form of ChatGLM-6B's demo server."""
     service, caller = _service(request), caller_of(request)
