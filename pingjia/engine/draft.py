@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 _SIZE = 3  # tokens that must match; two match by chance too often
 _MOST = 12
-_LEAST_HOPE = 0.15  # share of accepted guesses below which another row costs more than it brings
+# Share of accepted guesses below which another row costs more than it brings. With the steps below, guesses that are
+# always wrong cost 1.2 % of the time when another row costs 7 % of a step, and copying answers take 57 % of theirs.
+_LEAST_HOPE = 0.15
 
 
 class Drafter:
@@ -20,7 +22,7 @@ class Drafter:
     def __init__(self) -> None:
         self._next_place: dict[tuple[int, ...], int] = {}  # three tokens -> where they were followed last
         self._num_read = 0
-        self._hope = 0.4
+        self._hope = 0.3
 
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:
         """Up to `most` guesses at what follows `tokens`, which only ever grow; often none."""
@@ -36,7 +38,7 @@ class Drafter:
 
     def learn(self, num_guesses: int, num_right: int) -> None:
         """Take note of how many guesses the network agreed with."""
-        self._hope += 0.3 * (num_right / num_guesses - self._hope)
+        self._hope += 0.4 * (num_right / num_guesses - self._hope)
 
     def _read(self, tokens: Sequence[int]) -> None:
         """Remember every three tokens but the last ones, which nothing has followed yet."""

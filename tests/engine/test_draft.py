@@ -27,7 +27,7 @@ def test_what_followed_the_last_three_tokens_is_guessed_and_goes_on_in_circles()
     assert Drafter().propose([1, 2, 3, 4, 5, 6, 9, 1, 2, 3], 3) == [4, 5, 6]
     assert Drafter().propose([1, 2, 3, 4, 5, 6, 9, 1, 2, 3], 0) == []
     assert Drafter().propose([1, 2, 3, 7, 1, 2, 3, 8, 1, 2, 3], 1) == [8], "the latest place counts"
-    assert Drafter().propose([7, 1, 2, 1, 2, 1], 5) == [2, 1, 2, 1, 2]
+    assert Drafter().propose([7, 1, 2, 1, 2, 1], 5) == [2, 1, 2, 1]
     assert Drafter().propose([1, 2, 3, 4, 5], 5) == []
     assert Drafter().propose([], 5) == Drafter().propose([1, 2], 5) == []
 
@@ -48,8 +48,8 @@ def test_wrong_guesses_are_given_up_and_tried_again_later() -> None:
         sizes.append(len(guesses))
         if guesses:
             drafter.learn(len(guesses), 0)
-    assert sizes[0] == 5
-    assert 3 <= sum(size > 0 for size in sizes) <= 8
+    assert sizes[:3] == [4, 2, 0]
+    assert 3 <= sum(size > 0 for size in sizes) <= 5
     for _ in range(30):
         if guesses := drafter.propose(text, 12):
             drafter.learn(len(guesses), len(guesses))
@@ -94,7 +94,7 @@ def test_answers_are_the_same_in_fewer_steps(
     assert tokens == wanted
     assert off.num_guesses == 0
     (_, num_steps), (_, num_plain_steps) = (tokens_and_steps(e, ["a"], sampling) for e in (engine, off))
-    assert num_steps < 0.8 * num_plain_steps
+    assert num_steps < 0.9 * num_plain_steps
 
 
 def test_wrong_guesses_change_nothing(tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from pingjia.errors import RequestError
 from pingjia.models import load_model
 from pingjia.models.chatglm import ChatGLMForCausalLM
 from pingjia.models.chatglm_config import ChatGLMConfig
-from pingjia.types import Completion, Request, Sampling
+from pingjia.types import Completion, Grammar, Request, Sampling
 
 FIXTURES = Path(__file__).resolve().parents[2] / ".." / "shared" / "fixtures" / "chatglm"
 GMASK, SOP, EOP = 124, 126, 127
@@ -166,3 +168,53 @@ def test_trained_chatglm_answers_alike_in_a_batch_and_alone(name: str, reference
         assert ids_of(answers) == wanted
         assert [a.text for a in answers] == [shown(tokenizer, ids) for ids in wanted]
     assert len({a.text for a in answers}) > 2
+
+
+# ---- several answers, guesses and grammars
+
+
+def test_n_answers_to_a_two_way_prompt_compute_it_once(glm_tokenizer: Any) -> None:
+    drawn, prompt = Sampling(max_tokens=20, temperature=1.0, seed=3), "0123456789 " * 3
+    settings = EngineSettings(page_size=4)
+    alone = [
+        Engine(make_glm(), tokenizer=glm_tokenizer, settings=settings).generate(prompt, replace(drawn, seed=3 + k))[0]
+        for k in range(3)
+    ]
+    engine = Engine(make_glm(), tokenizer=glm_tokenizer, settings=settings)
+    answers = engine.generate(prompt, replace(drawn, n=3))
+    assert ids_of(answers) == ids_of(alone)
+    assert len({a.token_ids for a in answers}) == 3
+    assert [a.usage.cached_tokens for a in answers] == [0, *[answers[0].usage.prompt_tokens] * 2]
+
+
+def test_guesses_change_no_answer_to_a_two_way_prompt(glm_tokenizer: Any) -> None:
+    prompts, sampling = ["a", "hello", "x y z " * 4], Sampling(max_tokens=100, ignore_eos=True)
+    engines = [
+        Engine(make_glm(), tokenizer=glm_tokenizer, settings=EngineSettings(page_size=4, prompt_lookup=how))
+        for how in ("auto", "off")
+    ]
+    guessing, plain = (ids_of(engine.generate(prompts, sampling)) for engine in engines)
+    assert guessing == plain
+    assert engines[0].num_right_guesses > 20
+    assert engines[1].num_guesses == 0
+
+
+@pytest.mark.parametrize("name", ["tiny_v1_chat", "tiny_v2"])
+def test_json_with_chinese_from_a_sentencepiece_vocabulary(name: str) -> None:
+    if not (FIXTURES / name).is_dir():
+        pytest.skip(f"no {name} in ../shared/fixtures/chatglm beside the repository")
+    model, tokenizer = load_model(FIXTURES / name), load_tokenizer(FIXTURES / name)
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["你好", "大学"]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["a", "n"],
+        "additionalProperties": False,
+    }
+    held = Sampling(max_tokens=400, temperature=1.0, seed=1, n=8, grammar=Grammar.schema(schema))
+    engine = Engine(model, tokenizer=tokenizer, settings=EngineSettings(page_size=4))
+    answers = engine.generate([{"role": "user", "content": "你好"}], held)
+    ended = [a for a in answers if a.finish_reason == "stop"]
+    assert len(ended) > 4
+    for answer in ended:
+        assert json.loads(answer.text)["a"] in ("你好", "大学")
+        assert 0 <= json.loads(answer.text)["n"] <= 99

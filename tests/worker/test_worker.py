@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -14,8 +15,9 @@ import pytest
 import torch
 
 from pingjia.engine import Engine
+from pingjia.engine.grammar import Grammars
 from pingjia.errors import EngineError, ModelError, ModelNotFound, Overloaded, PromptTooLong, RequestError
-from pingjia.types import Chunk, Request, Sampling
+from pingjia.types import Chunk, Grammar, Request, Sampling
 from pingjia.worker import Worker, WorkerSettings
 
 Start = Callable[..., Worker]
@@ -87,6 +89,32 @@ async def test_refused_requests_raise_in_their_own_stream(engine: Engine, start:
         with pytest.raises(RequestError, match="already running"):
             await read(worker, ask())
     assert len(await read(worker, ask("s", max_tokens=3))) == 3
+
+
+async def test_a_grammar_is_compiled_outside_the_engines_thread(
+    engine: Engine, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, threads = start(engine), list[str]()
+    compiling = Grammars._compile
+
+    def watched(self: Grammars, grammar: Grammar) -> object:
+        threads.append(threading.current_thread().name)
+        return compiling(self, grammar)
+
+    monkeypatch.setattr(Grammars, "_compile", watched)
+    held = Sampling(max_tokens=30, temperature=1.0, seed=1, logprobs=2, grammar=Grammar.regex("[a-f]{5}"))
+    stream = open_stream(worker, ask())
+    async with aclosing(stream):
+        await anext(stream)
+        bad = Grammar.regex("((", asked_as="response_format")
+        with pytest.raises(RequestError, match=r"response_format: .*unclosed"):
+            await read(worker, Request("bad", (1, 70), Sampling(grammar=bad)))
+        chunks = await read(worker, Request("held", (1, 70), held))
+        await anext(stream)  # the other goes on
+    assert re.fullmatch("[a-f]{5}", "".join(chunk.text for chunk in chunks))
+    assert sum(len(chunk.logprobs) for chunk in chunks) == 5
+    assert len(threads) == 2
+    assert "pingjia-engine" not in threads
 
 
 # ---- disconnects
