@@ -56,8 +56,8 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
     from pingjia.tune.settings import TuneSettings
 
     model, tune = ARMS[options.arm]
-    with tempfile.TemporaryDirectory() as folder, Meter() as meter:
-        out = Path(folder) / "out"
+    with tempfile.TemporaryDirectory() as place, Meter() as meter:
+        out = Path(place) / "out"
         settings = TuneSettings(
             output_dir=str(out),
             learning_rate=options.rate,
@@ -66,25 +66,25 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
             max_steps=options.updates,
             per_device_train_batch_size=options.batch,
             eval_steps=options.look,
-            save_steps=10**6,
-            save_total_limit=1,
+            save_steps=max(1, options.updates - 1),
+            save_total_limit=2,
             seed=SEED,
             report_to=["none"],
             **tune,
         )
         rows = DataSettings(
-            dataset="samples:customer_service.jsonl", eval_dataset=held_out_rows(Path(folder), options.held_out)
+            dataset="samples:customer_service.jsonl", eval_dataset=held_out_rows(Path(place), options.held_out)
         )
         result = train(ModelSettings(model_name_or_path="smollm2", device="cpu", **model), rows, settings)
         logs = read_log(out / "trainer_log.jsonl")
-        checkpoint = next(out.glob("checkpoint-*"))
+        sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in out.glob("checkpoint-*")]
         return {
             "curve": curve(logs),
             "seconds": result.seconds,
             "learnt_tokens": result.learnt_tokens,
             "peak_bytes": meter.peak_bytes,
             "result_bytes": result.stored_bytes,
-            "checkpoint_bytes": sum(file.stat().st_size for file in checkpoint.iterdir()),
+            "checkpoint_bytes": max(sizes),  # the last one of a run has no optimizer any more
         }
 
 
