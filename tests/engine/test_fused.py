@@ -95,14 +95,19 @@ def make(name: str, seed: int = 0, bits: int | None = 8) -> PreTrainedModel:
 
 
 class RoundedLinear(nn.Module):
-    """A packed linear in floats whose input is rounded as the kernels round it: int8, one scale per 32 columns."""
+    """A packed linear in floats whose input is rounded as the kernels round it, with one scale per 32 columns.
+
+    To int8 beside INT4 weights. Beside INT8 ones they keep 16 bits, which float32 does not tell from no rounding.
+    """
 
     def __init__(self, packed: PackedLinear) -> None:
         super().__init__()
         self.weight, self.bias = packed.dequantize(), packed.bias
-        self.in_features, self.out_features = packed.in_features, packed.out_features
+        self.in_features, self.out_features, self.bits = packed.in_features, packed.out_features, packed.bits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.bits == 8:
+            return F.linear(x.float(), self.weight, self.bias)
         groups = F.pad(x.float(), (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
         scale = groups.abs().amax(-1, keepdim=True) / 127
         rounded = (groups / torch.where(scale > 0, scale, 1.0)).round() * scale

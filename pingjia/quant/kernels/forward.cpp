@@ -97,7 +97,8 @@ struct Pass {
 // y [rows, all outputs of the group] (+)= group(x)
 void product(const Pass& pass, const LinearGroup& group, const float* x, int64_t x_stride, float* y, bool accumulate) {
   const int64_t stride = width_of(group);
-  quantize_activations(x, pass.num_rows, group.linears->matrix->m, x_stride, *pass.space.quantized);
+  const Matrix& first = *group.linears->matrix;
+  quantize_activations(x, pass.num_rows, first.m, x_stride, *pass.space.quantized, first.bits == 8);
   int64_t at = 0;
   for (int64_t i = 0; i < group.count; ++i) {
     matmul(*group.linears[i].matrix, *pass.space.quantized, y + at, stride, accumulate);
@@ -161,7 +162,8 @@ void head(const Pass& pass, const float* x) {
   const Step& step = pass.step;
   normalize(net.last_norm, x, step.hidden_out, step.num_outputs, net.hidden);
   if (net.head) {
-    quantize_activations(step.hidden_out, step.num_outputs, net.hidden, net.hidden, *pass.space.quantized);
+    const bool fine = net.head->bits == 8;
+    quantize_activations(step.hidden_out, step.num_outputs, net.hidden, net.hidden, *pass.space.quantized, fine);
     matmul(*net.head, *pass.space.quantized, step.logits, net.vocab);
   } else {
     table_product(net, step.hidden_out, step.logits, step.num_outputs);
