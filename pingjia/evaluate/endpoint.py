@@ -32,7 +32,9 @@ _FINISH: dict[str, FinishReason] = {
     "abort": "cancelled",
 }
 # OpenAI's own fields are always sent; the others only where a caller set them, as providers refuse unknown fields.
-_EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "ignore_eos", "stop_token_ids")
+_EXTENSIONS = (
+    "top_k", "min_p", "repetition_penalty", "ignore_eos", "stop_token_ids", "min_tokens", "include_stop_str_in_output",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,12 +195,18 @@ def _paired(prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] |
 def _sampling_fields(sampling: Sampling) -> dict[str, Any]:
     if sampling.logprobs is not None:
         raise RequestError("logprobs need token ids, which an HTTP endpoint does not give; ask the engine itself")
+    if sampling.n > 1:
+        raise RequestError("n: an HTTP endpoint is asked for one answer at a time here; give the prompt n times")
+    if sampling.grammar is not None:
+        raise RequestError("grammar: servers name the form of an answer differently; ask the engine itself")
     standard = ("max_tokens", "temperature", "top_p", "frequency_penalty", "presence_penalty")
     fields: dict[str, Any] = {name: getattr(sampling, name) for name in standard}
     if sampling.seed is not None:
         fields["seed"] = sampling.seed
     if sampling.stop:
         fields["stop"] = list(sampling.stop)
+    if sampling.logit_bias:
+        fields["logit_bias"] = {str(token): value for token, value in dict(sampling.logit_bias).items()}
     default = Sampling()
     changed = [name for name in _EXTENSIONS if getattr(sampling, name) != getattr(default, name)]
     return {**fields, **{name: getattr(sampling, name) for name in changed}}

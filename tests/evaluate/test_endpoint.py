@@ -16,7 +16,7 @@ import pytest
 
 from pingjia.errors import RequestError, UserError
 from pingjia.evaluate import Endpoint, EvalSettings, evaluate
-from pingjia.types import Completion, Message, Sampling, Usage
+from pingjia.types import Completion, Grammar, Message, Sampling, Usage
 
 Reply = tuple[int, Any, dict[str, str]] | None  # status, body, headers; None hangs up without a word
 
@@ -335,9 +335,20 @@ def test_arguments_are_checked_and_the_key_is_not_shown() -> None:
     assert "hush" not in repr(Endpoint("http://x/v1", "tiny", api_key="hush"))
 
 
-def test_logprobs_are_refused_rather_than_dropped(server: Server) -> None:
-    with pytest.raises(RequestError, match="logprobs"):
-        endpoint(server).generate(["a"], Sampling(logprobs=2))
+@pytest.mark.parametrize(
+    ("sampling", "name"),
+    [(Sampling(logprobs=2), "logprobs"), (Sampling(n=2), "n:"), (Sampling(grammar=Grammar.regex("a")), "grammar")],
+)
+def test_what_cannot_be_asked_is_refused_rather_than_dropped(server: Server, sampling: Sampling, name: str) -> None:
+    with pytest.raises(RequestError, match=name):
+        endpoint(server).generate(["a"], sampling)
+    assert server.asked == []
+
+
+def test_a_bias_is_sent_as_openai_writes_it(server: Server) -> None:
+    endpoint(server).generate(["a"], Sampling(logit_bias={5: -2.0}, min_tokens=3))
+    assert server.asked[0][1]["logit_bias"] == {"5": -2.0}
+    assert server.asked[0][1]["min_tokens"] == 3
 
 
 def test_an_evaluation_over_http(server: Server, ask) -> None:
