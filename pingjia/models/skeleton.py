@@ -6,6 +6,8 @@ frequencies) are real. Not here: where tensors come from (`source.py`).
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -108,6 +110,15 @@ def free(model: PreTrainedModel, path: str) -> None:
         value = getattr(module, kind)
         empty = torch.empty_like(value, device="meta")
         setattr(module, kind, empty if kind in module._buffers else nn.Parameter(empty, requires_grad=False))
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Hand freed memory back to the system. glibc keeps pieces under 32 MB for later, and with every block some more: the
+    peak would grow with the number of blocks (14 % from 4 to 16 of width 512)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # glibc's; other C libraries have none
+        trim(0)
 
 
 # ---- packed modules
