@@ -49,10 +49,22 @@ def layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
 
 
 def num_frozen_layers(model: torch.nn.Module) -> int:
-    """How many layers lie below all that learns. 0 when something outside of layers learns, or dropout is below."""
-    learning = [layer_of(name) for name, p in model.named_parameters() if p.requires_grad]
-    count = min((layer if layer is not None else 0 for layer in learning), default=0)
+    """How many layers lie below all that learns. 0 when the embedding learns, or dropout is below.
+
+    Where only what lies above the layers learns (last norm, head), the last layer is left out of them.
+    """
+    lowest = min((_place(model, name, p) for name, p in model.named_parameters() if p.requires_grad), default=0)
+    count = min(lowest, len(layers_of(model)) - 1)
     return 0 if count and _draws_noise(model, count) else count
+
+
+def _place(model: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> int:
+    """The layer a parameter is in; 0 for the embedding, which is below all, and their number for what is above all."""
+    layer = layer_of(name)
+    if layer is not None:
+        return layer
+    embedding = network_of(model).get_input_embeddings()
+    return 0 if any(p is parameter for p in embedding.parameters()) else len(layers_of(model))
 
 
 def _draws_noise(model: torch.nn.Module, count: int) -> bool:

@@ -16,8 +16,9 @@ from pydantic import ValidationError
 from pingjia import Engine, Message, Sampling
 from pingjia.errors import TrainingError
 from pingjia.models import base_fingerprint, family_of, load_model
-from pingjia.tune import Hooks, TrainResult
+from pingjia.tune import Hooks, TrainResult, loop
 from pingjia.tune.checkpoint import checkpoints
+from pingjia.tune.frozen import num_frozen_layers
 from pingjia.tune.groups import layer_of, module_of
 from pingjia.tune.run import TrainPlan
 from pingjia.tune.settings import TuneSettings
@@ -109,14 +110,29 @@ def test_layers_are_counted_from_the_end_or_the_start(count: int, depth: int) ->
     assert chosen == (list(range(depth))[-count:] if count > 0 else list(range(depth))[:-count])
 
 
-def test_lower_layers_are_passed_once(tune: Train, tmp_path: Path) -> None:
-    """What lies below all that learns is kept from epoch to epoch: to the same weights as without."""
-    plans: list[TrainPlan] = []
-    tune(**FREEZE, freeze_trainable_layers=1, hooks=Hooks(on_plan=plans.append))
-    assert plans[0].memory is not None
-    assert plans[0].memory.kept_states > 0
-    tune(**FREEZE, freeze_trainable_layers=1, activation_cache_gb=0, output_dir=str(tmp_path / "anew"))
+@pytest.mark.parametrize(
+    ("layers", "extra", "below"),
+    [(1, "", 2), (1, "norms,head", 2), (0, "head", 2), (2, "norms", 1), (1, "embedding", 0)],
+)
+def test_lower_layers_are_passed_once(
+    tune: Train, tmp_path: Path, make_llama: Callable[..., Path], layers: int, extra: str, below: int
+) -> None:
+    """What lies below all that learns is kept from epoch to epoch: to the weights of a run that computes it anew."""
+    settings = {"freeze_trainable_layers": layers, "freeze_extra_modules": extra}
+    base = make_llama(0, tie_word_embeddings=False)
+    model = load_model(base)
+    wanted = TuneSettings(output_dir="-", **FREEZE, **settings)
+    open_weights(model, resolve_weights(model, family_of(model), wanted))
+    assert num_frozen_layers(model) == below
+    tune(model=base, **FREEZE, **settings)
+    tune(model=base, **FREEZE, **settings, activation_cache_gb=0, output_dir=str(tmp_path / "anew"))
     assert moved(tmp_path / "out", tmp_path / "anew") == set()
+    plain = load_model(tmp_path / "out").state_dict()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "num_frozen_layers", lambda model: 0)
+        tune(model=base, **FREEZE, **settings, output_dir=str(tmp_path / "through"))
+    through = load_model(tmp_path / "through").state_dict()
+    assert all(torch.allclose(plain[name], through[name], atol=2e-4) for name in plain)
 
 
 def test_the_result_is_another_base(tune: Train, tmp_path: Path, tiny_llama: Path) -> None:
