@@ -330,6 +330,7 @@ def wish_of(jobs: Sequence[Job]) -> Wish:
         units=sum(job.cost for job in jobs),
         largest=max(job.cost for job in jobs),
         deadline_s=min(job.deadline_s for job in jobs),
+        mark=hash(tuple((job.tenant, job.request.prompt_ids, job.request.sampling.max_tokens) for job in jobs)),
     )
 
 

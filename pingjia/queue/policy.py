@@ -7,14 +7,19 @@ between tenants. So a low rank is slow and never starves, and a key's thousand r
 
 from __future__ import annotations
 
+import heapq
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pingjia.errors import Overloaded
 from pingjia.queue.job import Rank
 
 WEIGHTS: Mapping[str, float] = {"high": 64.0, "normal": 8.0, "low": 1.0}
-_MAX_RETRY_S = 60.0  # OpenAI's client ignores a longer Retry-After
+_MAX_RETRY_S = 600.0
+_EARLY_S = 1.0  # Retry-After has whole seconds, and clients are not exact
+_LATE = 1.25
+_MAX_LINE = 10  # promises a tenant may have open, in shares of the queue; beyond it no memory is spent
 _KEYED_SHARE = 0.75  # of the queue, for a key that is alone: the next key must find room
 _CROWDED = 0.5  # from this fill on, no key may hold more than its equal part
 
@@ -114,7 +119,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What is asked of a queue in one go."""
+    """What is asked of a queue in one go. `mark`: the same for whoever asks the same again."""
 
     tenant: str
     rank: Rank
@@ -122,31 +127,91 @@ class Wish:
     units: int
     largest: int  # units of its largest request
     deadline_s: float
+    mark: int = 0
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Promise:
+    """Come back at `due`. Who has not come by `until` does not come."""
+
+    until: float
+    due: float
+    mark: int
+    tenant: str
+    num: int
+    units: int
+
+
+class _Promises:
+    """Those that are open, by mark and by the time they are over; and their sums."""
+
+    def __init__(self) -> None:
+        self.num = 0
+        self.units = 0
+        self.of_tenant: Counter[str] = Counter()
+        self._open: dict[int, list[_Promise]] = {}
+        self._by_end: list[_Promise] = []
+
+    def add(self, promise: _Promise) -> None:
+        self._open.setdefault(promise.mark, []).append(promise)
+        heapq.heappush(self._by_end, promise)
+        self._count(promise, 1)
+
+    def redeem(self, mark: int, now: float) -> bool:
+        """Whether one for this mark is due; it is over then."""
+        promise = next((p for p in self._open.get(mark, ()) if p.due <= now + _EARLY_S), None)
+        if promise is not None:
+            self._close(promise)
+        return promise is not None
+
+    def forget(self, now: float) -> None:
+        """Those are over for which nobody came in time."""
+        while self._by_end and self._by_end[0].until <= now:
+            self._close(heapq.heappop(self._by_end))
+
+    def _close(self, promise: _Promise) -> None:
+        some = self._open.get(promise.mark, [])
+        if promise not in some:
+            return  # redeemed before
+        some.remove(promise)
+        if not some:
+            del self._open[promise.mark]
+        self._count(promise, -1)
+
+    def _count(self, promise: _Promise, sign: int) -> None:
+        self.num += sign * promise.num
+        self.units += sign * promise.units
+        self.of_tenant[promise.tenant] += sign * promise.num
+        if not self.of_tenant[promise.tenant]:
+            del self.of_tenant[promise.tenant]
 
 
 class Gate:
-    """Says no in time. Remembers what it promised those it refused: each gets a later time than the one before."""
+    """Says no in time, and keeps its word to whom it told when to come back.
+
+    The refused stand in a line that has no memory but this one's: each is given the time at which, at the measured
+    pace, its turn comes, and is known again when it asks the same. Until then newcomers find the queue fuller than it
+    is by what was promised, but never more than twice as full: promises that nobody comes back for must not leave
+    workers idle.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._promised = 0.0
-        self._at = 0.0
+        self._promises = _Promises()
 
     def check(self, load: Load, wish: Wish, now: float) -> None:
         """Return if the wish can be kept. Raises Overloaded or ShareExceeded with the time to come back."""
-        limits = self.limits
-        over_num = load.num_waiting + wish.num - limits.max_requests
-        over_units = load.units_waiting + wish.units - limits.max_units
-        if over_num > 0 or over_units > 0:
-            mean = load.units_waiting / max(1, load.num_waiting)
-            text = f"{load.num_waiting} requests with {load.units_waiting} tokens wait already"
-            raise self._refusal(Overloaded, text, max(over_num * mean, over_units), load, wish, now)
-        share = self.share(load, wish.tenant)
-        if load.tenant_num + wish.num > share:
-            text = f"this key has {load.tenant_num} requests waiting, and its share of the queue is {share:.0f} now"
-            units = load.tenant_units * max(0.0, 1 - share / max(1, load.tenant_num + wish.num)) * load.num_tenants
-            raise self._refusal(ShareExceeded, text, units, load, wish, now)
-        self._check_deadline(load, wish, now)
+        self._promises.forget(now)
+        is_awaited = self._promises.redeem(wish.mark, now)
+        refusal = self._judge(load if is_awaited else self._seen_by_newcomer(load), wish)
+        if refusal is None:
+            return
+        kind, text = refusal
+        after = self._retry_s(load, wish)
+        if kind is Overloaded and self._promises.of_tenant[wish.tenant] < _MAX_LINE * self.share(load, wish.tenant):
+            until = now + after * _LATE + _EARLY_S
+            self._promises.add(_Promise(until, now + after, wish.mark, wish.tenant, wish.num, wish.units))
+        raise kind(f"{text}; come back in {after:.0f} s", retry_after_s=after)
 
     def share(self, load: Load, tenant: str) -> float:
         """Requests a tenant may have waiting."""
@@ -157,30 +222,55 @@ class Gate:
             return max(1.0, most * _KEYED_SHARE)
         return max(1.0, most / load.num_tenants)
 
-    def _check_deadline(self, load: Load, wish: Wish, now: float) -> None:
+    def _judge(self, load: Load, wish: Wish) -> tuple[type[Overloaded], str] | None:
+        limits, share = self.limits, self.share(load, wish.tenant)
+        too_many = load.num_waiting + wish.num > limits.max_requests
+        if too_many or load.units_waiting + wish.units > limits.max_units:
+            return Overloaded, f"{load.num_waiting} requests with {load.units_waiting} tokens wait or were told when"
+        if load.tenant_num + wish.num > share:
+            text = f"this key has {load.tenant_num} requests waiting, and its share of the queue is {share:.0f} now"
+            return ShareExceeded, text
         needed_s = load.answer_s(wish.rank, wish.largest)
-        if needed_s is None or needed_s <= wish.deadline_s:
-            return
-        text = f"an answer would take about {needed_s:.0f} s at the measured pace and may take {wish.deadline_s:.0f}"
-        # Every second takes a second off the wait, as long as nothing comes in before.
-        late_units = (needed_s - wish.deadline_s) * (load.units_per_s or 0.0)
-        raise self._refusal(Overloaded, text, late_units, load, wish, now)
+        if needed_s is not None and needed_s > wish.deadline_s:
+            text = (
+                f"an answer would take about {needed_s:.0f} s at the measured pace and may take {wish.deadline_s:.0f}"
+            )
+            return Overloaded, text
+        return None
 
-    def _refusal(
-        self, kind: type[Overloaded], text: str, units: float, load: Load, wish: Wish, now: float
-    ) -> Overloaded:
-        after = self._retry_s(units, wish.units, load.units_per_s, now)
-        return kind(f"{text}; come back in {after:.0f} s", retry_after_s=after)
+    def _seen_by_newcomer(self, load: Load) -> Load:
+        units = min(self._promises.units, load.units_waiting)
+        if not units:
+            return load
+        grown = 1.0 + units / load.units_waiting
+        return replace(
+            load,
+            num_waiting=load.num_waiting + min(self._promises.num, load.num_waiting),
+            rank_units={rank: int(of * grown) for rank, of in load.rank_units.items()},
+            tenant_units=int(load.tenant_units * grown),
+        )
 
-    def _retry_s(self, units: float, wish_units: int, units_per_s: float | None, now: float) -> float:
-        """When `units` have gone, behind all who were refused before and have not had their turn."""
-        if not units_per_s:
+    def _retry_s(self, load: Load, wish: Wish) -> float:
+        """When what is too much now, and what was promised before, will have been served."""
+        if not load.units_per_s:
             return 1.0
-        self._promised = max(0.0, self._promised - (now - self._at) * units_per_s)
-        self._at = now
-        after = (max(0.0, units) + self._promised) / units_per_s
-        self._promised += wish_units
+        after = (self._excess_units(load, wish) + self._promises.units) / load.units_per_s
         return min(_MAX_RETRY_S, max(1.0, after))
+
+    def _excess_units(self, load: Load, wish: Wish) -> float:
+        """Units that must be served before the wish would be taken on; less than nothing when it would be at once."""
+        limits, share = self.limits, self.share(load, wish.tenant)
+        mean = load.units_waiting / max(1, load.num_waiting)
+        over_share = load.tenant_num + wish.num - share
+        excess = [
+            (load.num_waiting + wish.num - limits.max_requests) * mean,
+            load.units_waiting + wish.units - limits.max_units,
+            over_share * load.tenant_units / max(1, load.tenant_num) * load.num_tenants,
+        ]
+        needed_s = load.answer_s(wish.rank, wish.largest)
+        if needed_s is not None:
+            excess.append((needed_s - wish.deadline_s) * (load.units_per_s or 0.0))
+        return max(excess)
 
 
 class Pace:
