@@ -72,16 +72,18 @@ class Jobs:
         if not self._service.takes_on():
             raise NotReady("the server is stopping; ask another one")
         ask = replace(ask, id=f"async-{uuid.uuid4().hex}")
-        record = _record(ask, kind, caller, body)
-        mark = hashlib.sha256(json.dumps([caller.key.owner, idempotency_key]).encode()).hexdigest()
+        record, mark = _record(ask, kind, caller, body), ""
         if idempotency_key:
-            there = await self._queue.add("same", mark, _dump(record), tenant=caller.key.owner, keep_s=self._keep_s)
-            if there is not None:
-                return await self._repeat(JobRecord(**json.loads(there)), record, caller)
+            mark = hashlib.sha256(json.dumps([caller.key.owner, idempotency_key]).encode()).hexdigest()
+            there = await self._first(mark, record, caller)
+            if await self._queue.status(there.request_ids[0]) is not None:
+                return await self._describe(there, with_result=False)
+            # Never taken on: this is the first, or the one before it got no further than its mark.
+            record, ask = there, replace(ask, id=there.ask_id)
         try:
             await self._submit(ask, caller)
         except BaseException:
-            if idempotency_key:
+            if mark:
                 await self._queue.remove("same", mark)
             raise
         await self._queue.save("job", record.id, _dump(record), tenant=caller.key.owner, keep_s=2 * self._keep_s)
@@ -118,12 +120,15 @@ class Jobs:
     def _job(self, request: Request, caller: Caller) -> Job:
         return Job(request, caller.key_id, caller.rank, self._keep_s, self._keep_s)
 
-    async def _repeat(self, there: JobRecord, asked: JobRecord, caller: Caller) -> JobOut:
-        if there.digest != asked.digest:
+    async def _first(self, mark: str, record: JobRecord, caller: Caller) -> JobRecord:
+        """The job that was first asked for under this mark, which may be this one. Raises IdempotencyConflict."""
+        text = await self._queue.add("same", mark, _dump(record), tenant=caller.key.owner, keep_s=self._keep_s)
+        there = record if text is None else JobRecord(**json.loads(text))
+        if there.digest != record.digest:
             raise IdempotencyConflict(
                 f"job {there.id} was asked for with the same Idempotency-Key and another body; use another key"
             )
-        return await self._describe(there, with_result=False)
+        return there
 
     async def _find(self, job_id: str, caller: Caller) -> JobRecord:
         text = await self._queue.load("job", job_id, tenant=caller.key.owner)

@@ -74,6 +74,23 @@ def test_the_same_idempotency_key_is_the_same_job(gateway):
     assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_conflict")
 
 
+def test_a_gateway_that_died_between_mark_and_queue_does_not_spoil_the_key(gateway, eventually, monkeypatch):
+    jobs = gateway.app.state.jobs
+
+    async def dies(ask, caller):
+        monkeypatch.undo()
+        monkeypatch.setattr(jobs._queue, "remove", nothing)
+        raise RuntimeError("kill -9")
+
+    async def nothing(kind, record_id):
+        monkeypatch.undo()
+
+    monkeypatch.setattr(jobs, "_submit", dies)
+    assert post(gateway, **{"idempotency-key": "k9"}).status_code == 500
+    again = post(gateway, **{"idempotency-key": "k9"})
+    assert wait_for(gateway, eventually, again.headers["location"])["status"] == "completed"
+
+
 def test_what_is_wrong_is_refused_at_once(gateway):
     assert post(gateway, body={**CHAT, "model": "nothing"}).status_code == 404
     assert post(gateway, body={**CHAT, "stream": True}).json()["error"]["param"] == "stream"
