@@ -114,7 +114,7 @@ def free(model: PreTrainedModel, path: str) -> None:
 
 
 def trim_heap() -> None:
-    """Hand freed memory back to the system. glibc keeps pieces under 32 MB for later, and with every block some more: the
+    """Hand freed memory back to the system. glibc keeps pieces under 32 MB for later, more with every block, and the
     peak would grow with the number of blocks (14 % from 4 to 16 of width 512)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # glibc's; other C libraries have none
