@@ -146,6 +146,8 @@ end
 local op = {}
 
 function op.load(a)
+  local known = {}
+  for i, id in ipairs(a.ids) do known[i] = call("EXISTS", key("job", id)) end
   local num_tenants = 0
   for _, scope in ipairs({ "high", "normal", "low" }) do
     num_tenants = math.max(num_tenants, call("ZCARD", key("fair", scope)))
@@ -158,14 +160,8 @@ function op.load(a)
   local load = call("HMGET", key("load"), "waiting", "running")
   return cjson.encode({
     tonumber(load[1] or 0), { tonumber(units[1] or 0), tonumber(units[2] or 0), tonumber(units[3] or 0) },
-    tonumber(names[1] or 0), tonumber(names[2] or 0), math.max(1, num_tenants), tonumber(load[2] or 0),
+    tonumber(names[1] or 0), tonumber(names[2] or 0), math.max(1, num_tenants), tonumber(load[2] or 0), known,
   })
-end
-
-function op.known(a)
-  local known = {}
-  for i, id in ipairs(a.ids) do known[i] = call("EXISTS", key("job", id)) end
-  return cjson.encode(known)
 end
 
 function op.submit(a)

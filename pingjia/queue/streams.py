@@ -35,7 +35,7 @@ from pingjia.queue.job import (
     load_job,
 )
 from pingjia.queue.memory import abandoned, expired, pace_of, wish_of
-from pingjia.queue.policy import Gate, Limits, Load, Wish
+from pingjia.queue.policy import Gate, Limits, Load
 from pingjia.queue.protocol import QueueLost, QueueStats, WorkerCard
 from pingjia.types import Chunk
 
@@ -79,12 +79,11 @@ class StreamQueue:
     # ---- jobs
 
     async def submit(self, jobs: Sequence[Job]) -> None:
-        known = await self._step("known", self._patience_s, ids=[job.id for job in jobs])
+        known, load = await self._look(jobs)
         fresh = [job for job, there in zip(jobs, known, strict=True) if not there]
         if not fresh:
             return
-        wish = wish_of(fresh)
-        self._gate.check(await self._load(wish), wish, self._clock())
+        self._gate.check(load, wish_of(fresh), self._clock())
         rows = [_row(job) for job in fresh]
         limits = {"max_requests": self.limits.max_requests, "max_units": self.limits.max_units}
         if not await self._step("submit", self._patience_s, jobs=rows, **limits):
@@ -196,15 +195,17 @@ class StreamQueue:
         except _LOST as e:
             raise _lost(e) from e
 
-    async def _load(self, wish: Wish) -> Load:
-        num, units, tenant_num, tenant_units, num_tenants, running = await self._step(
-            "load", self._patience_s, tenant=wish.tenant, rank=wish.rank
+    async def _look(self, jobs: Sequence[Job]) -> tuple[list[int], Load]:
+        """Which of these are known, and the queue as they find it."""
+        num, units, tenant_num, tenant_units, num_tenants, running, known = await self._step(
+            "load", self._patience_s, tenant=jobs[0].tenant, rank=jobs[0].rank, ids=[job.id for job in jobs]
         )
         if self._clock() - self._cards_at > 1.0:
             await self.stats()
         seats, units_per_s = pace_of(self._cards)
         rank_units = dict(zip(_RANKS, units, strict=True))
-        return Load(num, rank_units, tenant_num, tenant_units, num_tenants, running, seats, units_per_s)
+        load = Load(num, rank_units, tenant_num, tenant_units, num_tenants, running, seats, units_per_s)
+        return known, load
 
     async def _of(self, operation: str, claim: Claim, **fields: Any) -> Any:
         return await self._step(operation, self.limits.lease_s, id=claim.job.id, delivery=claim.delivery, **fields)
