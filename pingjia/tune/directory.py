@@ -14,6 +14,7 @@ from typing import Any
 import safetensors
 import torch
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pingjia import chat
 from pingjia.errors import TrainingError
@@ -44,6 +45,8 @@ class Proof:
 
         `is_whole`: whether the network in memory can be asked; shared out among processes, only its weights are read.
         """
+        if not is_whole:
+            unset_hf_deepspeed_config()  # else transformers would share out what it loads, and wait for the others
         saved = load_model(folder, dtype=model.dtype, device=model.device)
         use_packed_attention(saved)
         _require_equal(saved, model)

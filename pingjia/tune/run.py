@@ -353,7 +353,7 @@ def _phases(inputs: Inputs) -> list[Phase]:
 
 
 def _keep(inputs: Inputs, job: Built, hooks: Hooks) -> tuple[int, Kept | None]:
-    """Write the finished adapter: (its bytes, what a course says of it)."""
+    """Write the finished adapter or model: (its bytes, what a course says of it)."""
     run, about = job.run, _about(inputs, job.run)
     if job.finish is not None:
         kept = job.finish.keep(run.output_dir, about, hooks.examine)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from pingjia.tune import Hooks, TrainResult, directory, train
 from pingjia.tune.checkpoint import checkpoints
 from pingjia.tune.distributed import require_possible
 from pingjia.tune.journal import read_log
+from pingjia.tune.launch import Layout, free_port, launch
 from pingjia.tune.rehearse import rehearse
 from pingjia.tune.run import TrainPlan, read_about
 from pingjia.tune.settings import TuneSettings
@@ -443,3 +446,28 @@ def test_the_rehearsal_takes_the_same_road(
     assert found.memory.gradients == 4 * found.num_trainable
     assert found.event is None
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is needed: pip install 'pingjia[distributed]'"
+)
+def test_zero3_shares_out_every_weight_and_comes_to_the_same(
+    tune: Train, tmp_path: Path, tiny_llama: Path, rows_file: Path, settings: dict[str, Any]
+) -> None:
+    """Two processes, a checkpoint on the way; the model is gathered, saved whole, and held against its files."""
+    tune(**FULL, output_dir=str(tmp_path / "one"))
+    changed = {k: v for k, v in settings.items() if not k.startswith("lora_")} | FULL
+    distributed = {"strategy": "zero3", "processes": 2, "timeout_s": 240}
+    job = {
+        "model": {"model_name_or_path": str(tiny_llama), "device": "cpu"},
+        "data": {"dataset": [str(rows_file)]},
+        "tune": {**changed, "output_dir": str(tmp_path / "two"), "distributed": distributed},
+        "holdings": str(tmp_path / "holdings"),
+    }
+    command = [sys.executable, str(Path(__file__).with_name("rank.py")), json.dumps(job)]
+    launch(command, Layout(2, 0, 2, "127.0.0.1", free_port()))
+    one, two = (tensors(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[name], two[name], atol=2e-4) for name in one)
+    holdings = json.loads((tmp_path / "holdings").read_text())
+    assert all(held < 0.51 * whole for _, held, whole in holdings)
