@@ -75,7 +75,7 @@ def create_app(
     )
     app.state.service = service
     app.state.jobs = Jobs(service)
-    root = state_dir(settings.files_dir)
+    root = state_dir(settings)
     app.state.files = FileStore(root, settings.max_file_bytes)
     app.state.batches = Batches(service, app.state.files, root)
     errors.install(app)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pingjia.errors import StorageError
 from pingjia.gateway.errors import BodyTooLarge, JobNotFound
+from pingjia.gateway.settings import GatewaySettings
 
 _ID = re.compile(r"file-[0-9a-f]{32}")
 
@@ -32,12 +33,12 @@ class FileRecord:
     created_at: int
 
 
-def state_dir(setting: str | None) -> Path:
-    """Where files and batches lie."""
-    if setting is not None:
-        return Path(setting).expanduser()
+def state_dir(settings: GatewaySettings) -> Path:
+    """Where files and batches lie: for each port a place of its own, so that services do not take over each other's."""
+    if settings.files_dir is not None:
+        return Path(settings.files_dir).expanduser()
     base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(base).expanduser() / "pingjia"
+    return Path(base).expanduser() / "pingjia" / str(settings.port)
 
 
 class FileStore:

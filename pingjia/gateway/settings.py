@@ -96,7 +96,7 @@ class GatewaySettings(Section):
     result_s: float = Field(86_400.0, gt=0.0)
     """How long the result of an asynchronous request is kept."""
     files_dir: str | None = None
-    """Where files of batches lie; ~/.local/state/pingjia when None."""
+    """Where files of batches lie; ~/.local/state/pingjia/PORT when None."""
     max_file_bytes: int = Field(100_000_000, ge=1_000)
     """The largest file a client may upload for a batch."""
     cors_origins: tuple[str, ...] = ()

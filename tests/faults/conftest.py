@@ -44,10 +44,11 @@ class Processes:
         options = [self.redis.url, self.prefix, seats, token_s, lease_s, self.log]
         return self._start("scripted_worker.py", *options)
 
-    def gateway(self, *, lease_s: float = 1.0) -> tuple[subprocess.Popen[str], str]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    def gateway(self, *, lease_s: float = 1.0, port: int = 0) -> tuple[subprocess.Popen[str], str]:
+        if not port:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
         return self._start("scripted_gateway.py", self.redis.url, port, lease_s), f"http://127.0.0.1:{port}"
 
     def tokens(self) -> list[str]:
@@ -57,6 +58,7 @@ class Processes:
     def _start(self, script: str, *options: object) -> subprocess.Popen[str]:
         environ = {**os.environ, "PYTHONPATH": str(ROOT)}
         environ.pop("PINGJIA_API_KEYS", None)
+        environ["XDG_STATE_HOME"] = str(self.log.parent)
         with open(self.errors, "a") as errors:
             process = subprocess.Popen(
                 [sys.executable, str(HERE / script), *map(str, options)],

@@ -168,6 +168,29 @@ def test_a_killed_gateway_loses_no_accepted_job(processes, eventually):
     assert worker.poll() is None
 
 
+def test_a_batch_goes_on_when_its_gateway_was_killed(processes, eventually):
+    gateway, url = processes.gateway()
+    processes.worker(seats=4, token_s=0.005)
+    eventually(lambda: httpx.get(f"{url}/health/ready").status_code == 200, "a worker is there")
+    rows = [{"custom_id": f"c{i}", "method": "POST", "body": CHAT | {"max_tokens": 5 + i % 20}} for i in range(150)]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    file = httpx.post(f"{url}/v1/files", files={"file": ("in", content)}, data={"purpose": "batch"}).json()
+    body = {"input_file_id": file["id"], "endpoint": "/v1/chat/completions"}
+    batch = httpx.post(f"{url}/v1/batches", json=body).json()
+    where = f"/v1/batches/{batch['id']}"
+    eventually(lambda: httpx.get(url + where).json()["request_counts"]["completed"] > 30, "some lines are answered")
+    gateway.send_signal(signal.SIGKILL)
+    gateway.wait(10)
+    _, url = processes.gateway(port=int(url.rpartition(":")[2]))
+    eventually(lambda: httpx.get(url + where).json()["status"] == "completed", "the batch ends", 40)
+    batch = httpx.get(url + where).json()
+    answers = httpx.get(f"{url}/v1/files/{batch['output_file_id']}/content").text.splitlines()
+    assert Counter(json.loads(line)["custom_id"] for line in answers) == Counter(row["custom_id"] for row in rows)
+    for answer in map(json.loads, answers):
+        asked = 5 + int(answer["custom_id"][1:]) % 20
+        assert answer["response"]["body"]["usage"]["completion_tokens"] == asked
+
+
 def start_client(url: str) -> subprocess.Popen[bytes]:
     code = (
         f"import httpx; httpx.post({url + '/v1/chat/completions'!r}, json={CHAT | {'max_tokens': 400}!r}, timeout=60)"
