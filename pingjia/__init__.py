@@ -6,11 +6,11 @@ The names below load their room on first use, so that `import pingjia` stays lig
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Message", "Sampling", "__version__"]
+__all__ = ["Engine", "Grammar", "Message", "Sampling", "__version__"]
 
 if TYPE_CHECKING:
     from pingjia.engine import Engine
-    from pingjia.types import Message, Sampling
+    from pingjia.types import Grammar, Message, Sampling
 
 
 def __getattr__(name: str) -> Any:
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
         from pingjia.engine import Engine
 
         return Engine
-    if name in ("Message", "Sampling"):
+    if name in ("Grammar", "Message", "Sampling"):
         from pingjia import types
 
         return getattr(types, name)

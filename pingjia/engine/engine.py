@@ -46,7 +46,9 @@ from pingjia.models import Family, family_of, load_model, max_model_len, use_pac
 from pingjia.types import Chunk, Completion, EngineStats, ModelCard, Prompt, Request, Sampling, Usage
 
 _log = logging.getLogger(__name__)
-_CHEAP_ROWS = 16  # a step of so many rows reads the weights once and computes in about their shadow
+# Guesses fill a step up to so many rows, in which reading the weights still takes most of the time; with more answers
+# than this the few guesses left for each brought nothing.
+_CHEAP_ROWS, _MOST_GUESSING = 16, 4
 
 
 @dataclass(slots=True)
@@ -407,9 +409,9 @@ class Engine:
         return [*self._report(outcome), *(self._fail(live, error) for live, error in outcome.broken)]
 
     def _guess(self) -> None:
-        """Let greedy answers guess at their next tokens, as long as the step stays small enough to be cheap."""
+        """Let greedy answers guess at their next tokens, as long as the step stays cheap."""
         decoding = [s for s in self._scheduler.running if s.remaining == 1 and s.num_tokens > s.num_prompt]
-        room = _CHEAP_ROWS // len(decoding) - 1 if decoding else 0
+        room = _CHEAP_ROWS // len(decoding) - 1 if 0 < len(decoding) <= _MOST_GUESSING else 0
         for sequence in decoding:
             live = self._live[sequence.id]
             if live.drafter is not None:

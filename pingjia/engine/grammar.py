@@ -81,7 +81,7 @@ class Grammars:
         self._vocabulary_lock = threading.Lock()  # a table of all tokens takes up to a second, once
 
     def matcher(self, grammar: Grammar) -> Matcher:
-        """A fresh matcher. A new grammar takes milliseconds, half a second at most; one that is kept, microseconds.
+        """A fresh matcher. A new grammar takes milliseconds, about a second at most; one that is kept, microseconds.
 
         Raises RequestError: not a grammar, one that cannot be met, one over the bounds, or a model whose tokens have
         no fixed text.
