@@ -6,7 +6,7 @@ here: how counting over Redis works (`rate_limits.py`), nor who has which limits
 
 from __future__ import annotations
 
-from collections import Counter
+import asyncio
 from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from math import ceil, inf
 
 from pingjia.errors import ModelNotFound
 from pingjia.gateway.errors import QuotaExceeded, RateLimited
+from pingjia.gateway.in_work import Places
 from pingjia.gateway.keys import Key
 from pingjia.gateway.rate_limits import WINDOW_S, RateLimits, Taken
 from pingjia.types import Request
@@ -38,11 +39,11 @@ class Visit:
 class Guard:
     """Holds keys to their limits. One per app; lives on the event loop."""
 
-    def __init__(self, rates: RateLimits, spent: Spent | None, clock: Callable[[], float]) -> None:
+    def __init__(self, rates: RateLimits, places: Places, spent: Spent | None, clock: Callable[[], float]) -> None:
         self._rates = rates
+        self._places = places
         self._spent = spent
         self._clock = clock
-        self._in_work: Counter[str] = Counter()
         self._mean_s = 1.0
 
     @property
@@ -60,14 +61,14 @@ class Guard:
         """
         check_model(key, model)
         self._check_budget(key)
-        self._enter(key, num_answers)
+        places = await self._enter(key, num_answers)
         visit, started = Visit(key, headers), self._clock()
         try:
             await self._take_request(visit)
             yield visit
         finally:
-            self._leave(key, num_answers, self._clock() - started)
-            await self._correct(visit)
+            # Also when the client has left: cancelled here, the places would stay taken.
+            await asyncio.shield(self._end(visit, places, self._clock() - started))
 
     async def reserve(self, visit: Visit, requests: Sequence[Request]) -> None:
         """Count the tokens that a request may take. Raises RateLimited."""
@@ -83,6 +84,7 @@ class Guard:
 
     async def close(self) -> None:
         await self._rates.close()
+        await self._places.close()
 
     async def _take_request(self, visit: Visit) -> None:
         limit = visit.key.requests_per_minute
@@ -96,6 +98,10 @@ class Guard:
                 kind="requests",
                 retry_after_s=taken.wait_s,
             )
+
+    async def _end(self, visit: Visit, places: list[str], seconds: float) -> None:
+        await self._leave(visit.key, places, seconds)
+        await self._correct(visit)
 
     async def _correct(self, visit: Visit) -> None:
         unused = visit.num_reserved - visit.num_used
@@ -116,23 +122,25 @@ class Guard:
                 "the first at 00:00 UTC"
             )
 
-    def _enter(self, key: Key, num: int) -> None:
+    async def _enter(self, key: Key, num: int) -> list[str]:
         limit = key.max_concurrent
-        if limit is not None and num > limit:
+        if limit is None:
+            return []
+        if num > limit:
             raise RateLimited(f"{num} answers at once; this key may have {limit} in work", kind="concurrency")
-        if limit is not None and self._in_work[key.id] + num > limit:
+        places = await self._places.enter(key.id, num, limit)
+        if isinstance(places, int):
             raise RateLimited(
-                f"this key has {self._in_work[key.id]} answers in work and may have {limit}; wait for one to end",
+                f"this key has {places} answers in work and may have {limit}; wait for one to end",
                 kind="concurrency",
                 retry_after_s=self._mean_s,
             )
-        self._in_work[key.id] += num
+        return places
 
-    def _leave(self, key: Key, num: int, seconds: float) -> None:
+    async def _leave(self, key: Key, places: list[str], seconds: float) -> None:
         self._mean_s += _SMOOTHING * (seconds - self._mean_s)
-        self._in_work[key.id] -= num
-        if not self._in_work[key.id]:
-            del self._in_work[key.id]
+        if places:
+            await self._places.leave(key.id, places)
 
 
 def check_model(key: Key, model: str) -> None:

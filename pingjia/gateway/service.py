@@ -21,6 +21,7 @@ from pingjia.gateway.ask import Ask, AskedPrompt, TokenIds, choose, requests_of,
 from pingjia.gateway.cache import CachedAnswers, Question, ResultCache, Road, Wish
 from pingjia.gateway.errors import CLIENT_CLOSED, AnswerCancelled, NotReady, status_of
 from pingjia.gateway.guard import Guard, Spent, Visit
+from pingjia.gateway.in_work import Places
 from pingjia.gateway.keys import NOBODY, Key
 from pingjia.gateway.language import LanguageFront, Refusal
 from pingjia.gateway.metrics import Metrics
@@ -37,6 +38,7 @@ log = logging.getLogger("pingjia.gateway")
 
 # A tokenizer does one or two million characters a second: below this it holds the event loop for some milliseconds.
 _RENDER_INLINE_CHARS = 8_000
+_LEASE_MORE_S = 10.0  # a place of a key is held beyond the deadline of its answer, for what ending it takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,8 @@ class Service:
         self._ledger = ledger
         self.clock = clock
         rates = RateLimits(settings.redis_url, local_share=settings.local_limit_share, clock=clock)
-        self.guard = Guard(rates, spent, clock)
+        places = Places(settings.redis_url, lease_s=settings.deadline_s + _LEASE_MORE_S)
+        self.guard = Guard(rates, places, spent, clock)
         self.cache = ResultCache(settings, self.cards, self.metrics.registry)
         self.front = LanguageFront(settings, self.card, self.metrics.registry)
         self._shares = Shares(clock)
