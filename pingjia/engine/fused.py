@@ -300,7 +300,7 @@ class _Layers:
 
 
 def _as_halves(matrix: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, float]:
-    """A matrix padded with zeros, as float16 of at most 1, and its factor: half the memory of an adapter, 0.05 % off."""
+    """A matrix padded with zeros as float16 of at most 1, and its factor: half an adapter's memory, 0.05 % off."""
     size = float(matrix.abs().max()) or 1.0
     padded = torch.zeros(rows, columns, dtype=torch.float16)
     padded[: matrix.shape[0], : matrix.shape[1]] = matrix / size
