@@ -124,6 +124,19 @@ def is_b(name: str) -> bool:
     return ".lora_B." in name or ".lora_embedding_B." in name
 
 
-def optimizer_groups(groups: Sequence[RateGroup]) -> list[dict[str, object]]:
-    """As torch's optimizers take them; `peak` is the rate that the schedule multiplies."""
-    return [{"params": g.parameters, "lr": g.rate, "peak": g.rate, "name": g.label} for g in groups]
+def optimizer_groups(groups: Sequence[RateGroup], weight_decay: float = 0.0) -> list[dict[str, object]]:
+    """As torch's optimizers take them; `peak` is the rate that the schedule multiplies.
+
+    With `weight_decay`, a network's own norms and biases are put in groups that do not decay: pulled towards 0 they
+    would switch off what they scale.
+    """
+    made: list[dict[str, object]] = []
+    for group in groups:
+        common = {"lr": group.rate, "peak": group.rate, "name": group.label}
+        named = list(zip(group.names, group.parameters, strict=True))
+        spared = [p for name, p in named if weight_decay and p.ndim < 2 and ".lora_" not in name]
+        kept = {id(p) for p in spared}
+        decaying = [p for _, p in named if id(p) not in kept]
+        made += [{"params": decaying, **common}] if decaying else []
+        made += [{"params": spared, **common, "weight_decay": 0.0}] if spared else []
+    return made

@@ -213,7 +213,7 @@ class _Phase:
 
     def _build_optimizer(self) -> None:
         s, groups = self.run.settings, rate_groups(self.run, self.phase, self._trainable)
-        held = optimizer_groups(groups)
+        held = optimizer_groups(groups, s.weight_decay)
         require_in_optimizer(self.run.model, held)
         self._optimizer = self.run.ranks.optimizer(self._model, held, s.weight_decay)
         matrices = lora_matrices(self.run.model.named_parameters())
@@ -491,8 +491,10 @@ def _batches(run: Run, rows: Sequence[Encoded]) -> list[MicroBatch]:
 
 def _rates_by_group(groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Rate of each parameter group now. LoRA+ has two of a name: the peak tells them apart."""
-    names = [group["name"] for group in groups]
+    peaks: dict[str, set[float]] = {}
+    for group in groups:
+        peaks.setdefault(group["name"], set()).add(group["peak"])
     return {
-        name if names.count(name) == 1 else f"{name} peak {group['peak']:g}": group["lr"]
-        for name, group in zip(names, groups, strict=True)
+        group["name"] if len(peaks[group["name"]]) == 1 else f"{group['name']} peak {group['peak']:g}": group["lr"]
+        for group in groups
     }

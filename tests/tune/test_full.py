@@ -91,6 +91,17 @@ def test_it_learns(tune: Train, tmp_path: Path, make_llama: Callable[..., Path])
     assert Engine(str(tmp_path / "out")).generate([question], Sampling(max_tokens=8))[0].text == pairs[0][1]
 
 
+def test_norms_and_biases_do_not_decay(tune: Train, tmp_path: Path, tiny_llama: Path) -> None:
+    """A rate so low that decay is all that moves anything."""
+    tune(**FULL, weight_decay=1e6, learning_rate=1e-8, max_steps=1, warmup_ratio=0.0, lr_scheduler_type="constant")
+    start, end = tensors(tiny_llama / "model.safetensors"), tensors(tmp_path / "out" / "model.safetensors")
+    for name, tensor in start.items():
+        expected = tensor if tensor.ndim == 1 else tensor * (1 - 1e-2)
+        torch.testing.assert_close(end[name], expected, atol=1e-6, rtol=1e-5)
+    logs = read_log(tmp_path / "out" / "trainer_log.jsonl")
+    assert list(logs[0].rates) == ["all"]
+
+
 # ---- what is left
 
 

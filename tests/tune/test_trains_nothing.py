@@ -113,8 +113,8 @@ def test_what_is_adapted_is_not_used(stopped: Stopped, monkeypatch: pytest.Monke
 def test_the_optimizer_holds_other_parameters(stopped: Stopped, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     real = loop.optimizer_groups
 
-    def forget_some(groups: Any) -> Any:
-        made = real(groups)
+    def forget_some(*args: Any) -> Any:
+        made = real(*args)
         made[0]["params"] = made[0]["params"][1:]
         return made
 
@@ -126,8 +126,8 @@ def test_the_optimizer_holds_copies(stopped: Stopped, monkeypatch: pytest.Monkey
     """As when a network is moved or wrapped after its optimizer was made."""
     real = loop.optimizer_groups
 
-    def copied(groups: Any) -> Any:
-        return [{**g, "params": [torch.nn.Parameter(p.detach().clone()) for p in g["params"]]} for g in real(groups)]
+    def copied(*args: Any) -> Any:
+        return [{**g, "params": [torch.nn.Parameter(p.detach().clone()) for p in g["params"]]} for g in real(*args)]
 
     monkeypatch.setattr(loop, "optimizer_groups", copied)
     assert "42 are in none of its groups" in stopped()
