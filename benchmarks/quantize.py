@@ -44,7 +44,8 @@ WAYS: dict[str, tuple[float, QuantizeSettings | None]] = {
     "int4 rtn, groups of 32": (4.5, QuantizeSettings(method="rtn", group_size=32, head_bits=16)),
     "int4 gptq, groups of 32": (4.5, QuantizeSettings(group_size=32, head_bits=16)),
     "int4 gptq, groups of 64": (4.25, QuantizeSettings(group_size=64, head_bits=16)),
-    "int4 gptq, groups of 64, act order": (4.25, QuantizeSettings(group_size=64, head_bits=16, act_order=True)),
+    "int4 gptq, groups of 32, no act order": (4.5, QuantizeSettings(group_size=32, head_bits=16, act_order=False)),
+    "int4 gptq, groups of 64, no act order": (4.25, QuantizeSettings(group_size=64, head_bits=16, act_order=False)),
     "int8 rtn": (8.0, QuantizeSettings(bits=8, method="rtn", head_bits=16)),
     "int8 gptq": (8.0, QuantizeSettings(bits=8, head_bits=16)),
 }

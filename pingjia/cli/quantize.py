@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 MAX_LEN = 2048  # tokens of a calibration or held-out row
 DEFAULT_TOKENS = 16384
-DEFAULT_LIMITS = {4: 0.1, 8: 0.01}  # of the rise in perplexity
+# Of the rise in perplexity. SmolLM2, tiny and so the worst case, rises by 10 % with 4 bits, and by 25 % uncalibrated.
+DEFAULT_LIMITS = {4: 0.15, 8: 0.01}
 
 
 def quantize(
@@ -38,8 +39,8 @@ def quantize(
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens of it to use.", min=128)] = DEFAULT_TOKENS,
     act_order: Annotated[
-        bool, typer.Option("--act-order", help="Round columns with the largest inputs first.")
-    ] = False,
+        bool, typer.Option("--act-order/--no-act-order", help="Round columns with the largest inputs first.")
+    ] = True,
     verify: Annotated[
         bool, typer.Option("--verify", help="Measure the loss on held-out text; refuse too large a one.")
     ] = False,
