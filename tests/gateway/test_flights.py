@@ -113,17 +113,20 @@ async def test_when_the_last_goes_it_ends_at_once():
     assert len(flights) == 0
 
 
-async def test_a_whole_answer_is_kept_even_if_everybody_went_at_its_last_word():
-    flights, computer = Flights(), Computer()
-    follower = begin(flights, computer)
-    async with aclosing(follower.chunks()) as chunks:
-        await computer.step(len(WORDS))
-        async for chunk in chunks:
-            if chunk.finish_reason:
-                break
+async def test_a_whole_answer_is_kept_even_if_everybody_goes_while_it_is_put_away():
+    flights, computer, slow, kept = Flights(), Computer(), asyncio.Event(), []
+
+    async def land(flight):
+        await slow.wait()
+        kept.append(len(flight.answer))
+
+    follower = flights.begin("k", computer.start, land)
+    await computer.step(len(WORDS))
     await follower.leave()
+    slow.set()
     await settle()
-    assert computer.landed == 1
+    assert kept == [len(WORDS)]
+    assert len(flights) == 0
 
 
 async def test_an_error_reaches_all():
