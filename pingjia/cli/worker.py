@@ -29,15 +29,17 @@ def worker(
 
     Workers of one queue serve the same model and adapters, under the same names.
     """
-    from pingjia import Engine
     from pingjia.gateway.roads import limits_of
     from pingjia.queue.opening import check_redis, open_queue
-    from pingjia.worker import Worker
-    from pingjia.worker.pulling import pull
 
     gateway_settings, engine_settings = settings_of(overrides or [], {"redis_url": redis_url or None})
     url = needed_url(gateway_settings.redis_url)
     check_redis(url)
+
+    from pingjia import Engine  # takes seconds: after everything that can be refused without it
+    from pingjia.worker import Worker
+    from pingjia.worker.pulling import pull
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     errors.print(f"loading {model} ...", markup=False)
     engine = Engine(model, dtype=dtype, device=device, bits=bits, settings=engine_settings)

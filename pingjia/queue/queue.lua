@@ -295,13 +295,19 @@ function op.cancel(a)
   return 1
 end
 
+-- Of a worker that is gone: forgotten as soon as others have taken over what it had.
+local function dismiss(name)
+  local mine = redis.pcall("XPENDING", key("work"), "workers", "-", "+", 1, name)
+  if type(mine) == "table" and not mine.err then
+    if #mine > 0 then return end
+    redis.pcall("XGROUP", "DELCONSUMER", key("work"), "workers", name)
+  end
+  call("SREM", key("names"), name)
+end
+
 function op.leave(a)
   call("DEL", key("worker", a.worker))
-  call("SREM", key("names"), a.worker)
-  local mine = redis.pcall("XPENDING", key("work"), "workers", "-", "+", 1, a.worker)
-  if type(mine) == "table" and not mine.err and #mine == 0 then
-    redis.pcall("XGROUP", "DELCONSUMER", key("work"), "workers", a.worker)
-  end
+  dismiss(a.worker)
   return 1
 end
 
@@ -309,7 +315,7 @@ function op.stats()
   local cards = {}
   for _, name in ipairs(call("SMEMBERS", key("names"))) do
     local card = call("GET", key("worker", name))
-    if card then cards[#cards + 1] = card else call("SREM", key("names"), name) end
+    if card then cards[#cards + 1] = card else dismiss(name) end
   end
   local units = call("HMGET", key("units"), "high", "normal", "low")
   local load = call("HMGET", key("load"), "waiting", "claimed", "redelivered")

@@ -314,6 +314,39 @@ async def test_records_belong_to_a_tenant(make, clock):
     assert await queue.load("job", "r", tenant="a") is None
 
 
+async def test_nothing_of_ended_jobs_and_dead_workers_stays_in_redis(redis_server, job):
+    import uuid
+
+    from redis.asyncio import Redis
+
+    from pingjia.queue.policy import Limits
+    from pingjia.queue.streams import StreamQueue
+
+    prefix = f"t{uuid.uuid4().hex}:"
+    queue = StreamQueue(redis_server.url, Limits(lease_s=0.2), prefix=prefix)
+    for round_ in range(5):
+        await queue.submit([job(f"j{round_}-{i}", keep_s=0.1, tenant=f"t{i}") for i in range(4)])
+        claims = await queue.claim(f"w{round_}", 3, 0.0)
+        await queue.beat(card(f"w{round_}"), claims)
+        for claim in claims[:2]:  # the third dies with its worker, and is claimed by the next one
+            await queue.publish(claim, 1, (Chunk("x", (1,)),))
+            await queue.end(claim, 2, CHUNKS, DONE, 5)
+        await asyncio.sleep(0.25)
+    for claim in await queue.claim("last", 100, 0.0):
+        await queue.end(claim, 1, CHUNKS, DONE, 5)
+    await queue.leave("last")
+    await asyncio.sleep(0.3)
+    await queue.stats()
+    async with Redis.from_url(redis_server.url, decode_responses=True) as redis:
+        keys = {key.removeprefix(prefix) async for key in redis.scan_iter(f"{prefix}*")}
+        assert {key.split(":")[0] for key in keys} <= {
+            "work", "bell", "ended", "load", "units", "number", "served", "left"
+        }  # fmt: skip
+        assert await redis.xlen(f"{prefix}work") == 0
+        assert await redis.xinfo_consumers(f"{prefix}work", "workers") == []
+    await queue.close()
+
+
 async def test_both_queues_hand_out_in_the_same_order(redis_server, job):
     """Random submissions, claims, endings, cancellations: the script in Redis decides what the Python decides."""
     import uuid
