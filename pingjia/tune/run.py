@@ -161,6 +161,7 @@ def train(
     RetentionError when earlier tasks would be forgotten: the adapter is then in candidate/.
     """
     output_dir = Path(settings.output_dir)
+    _require_apart(output_dir, model_settings.model_name_or_path)
     output_dir.mkdir(parents=True, exist_ok=True)
     device = pick_device(model_settings.device, index=local_rank())
     with joined(settings, device) as ranks, _only_run_in(output_dir, ranks), Meter() as meter:
@@ -460,6 +461,15 @@ def _numbers(log: StepLog) -> dict[str, float | None]:
         "memory/peak_gb": log.peak_bytes / 1e9,
         "epoch": log.epoch,
     }
+
+
+def _require_apart(output_dir: Path, model: str) -> None:
+    """What a run writes must not be taken for its base, nor push it aside."""
+    if output_dir.is_dir() and Path(model).is_dir() and output_dir.samefile(model):
+        raise TrainingError(
+            f"output_dir {output_dir} is the model that is trained; choose another output_dir: this one must stay as it is "
+            "as long as the run may have to go on"
+        )
 
 
 @contextmanager

@@ -213,6 +213,14 @@ def test_training_goes_on_from_the_directory(tune: Train, tmp_path: Path) -> Non
     assert Engine(str(tmp_path / "second"), adapter=str(tmp_path / "adapter")).models()[-1].id == "adapter"
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_model_is_not_trained_into_its_own_directory(tune: Train, tmp_path: Path, kind: str) -> None:
+    tune(**FULL)
+    with pytest.raises(TrainingError, match="is the model that is trained; choose another output_dir"):
+        tune(model=tmp_path / "out", finetuning_type=kind, resume_from_checkpoint=False)
+    assert load_model(tmp_path / "out")
+
+
 def test_golden_chats_have_a_tool_where_rows_have_one(tune: Train, tmp_path: Path) -> None:
     rows = tmp_path / "tools.jsonl"
     tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
