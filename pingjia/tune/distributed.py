@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from pingjia.errors import PingjiaError, TrainingError
 from pingjia.models.device import collective_backend, has_fused_optimizer
+from pingjia.quant.bnb import is_packed_by_bnb
 from pingjia.tune.frozen import layers_of
 from pingjia.tune.launch import RANK, WORLD_SIZE, is_rank
 from pingjia.tune.precision import PLAIN, Precision, pick_precision
@@ -177,6 +178,7 @@ class Fsdp2(Together):
     def prepare(self, model: Any) -> Any:
         from torch.distributed.device_mesh import init_device_mesh
 
+        require_shareable(model)
         mesh = init_device_mesh(self.device.type, (self.size,))
         learning = {p for p in model.parameters() if p.requires_grad}
         for layer in layers_of(model):
@@ -210,6 +212,16 @@ class Fsdp2(Together):
         dist.all_reduce(flat)
         for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(piece.view_as(gradient))
+
+
+def require_shareable(model: torch.nn.Module) -> None:
+    """Refuse weights that cannot be cut in pieces: bitsandbytes keeps their scales beside them, where none looks."""
+    packed = next((name for name, module in model.named_modules() if is_packed_by_bnb(module)), None)
+    if packed is not None:
+        raise TrainingError(
+            f"quantization_method=bitsandbytes: {packed} cannot be shared out among processes; use "
+            "quantization_method=pingjia, or leave out distributed.strategy"
+        )
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -263,11 +275,13 @@ def _require_for_zero3(settings: TuneSettings) -> None:
         ("phases", settings.phases),
         ("shrink_lora_rank_to", settings.shrink_lora_rank_to),
         ("lora_l2", settings.lora_l2),
+        ("fp16", settings.fp16),
+        ("bf16", settings.bf16),
     ):
         if is_set:
             raise TrainingError(
                 f"{key}: DeepSpeed holds every parameter in pieces and does not let it be opened, closed, resized or "
-                "looked at in the loss; use distributed.strategy=fsdp2"
+                "looked at in the loss, and scales it by itself; use distributed.strategy=fsdp2"
             )
 
 

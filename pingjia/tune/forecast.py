@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from peft.tuners.lora import LoraLayer
 
 from pingjia.tune.batches import longest_micro
 from pingjia.tune.frozen import layers_of, network_of, num_frozen_layers
+from pingjia.tune.fused import is_fused, is_fused_unit
 from pingjia.tune.groups import layer_of
 from pingjia.tune.loop import Run
 from pingjia.tune.memory import Adapters, Held, MemoryPlan, NetworkShape, Work, plan_memory
@@ -19,8 +21,11 @@ from pingjia.types import Encoded
 def forecast(run: Run) -> MemoryPlan:
     """What the run will hold at its peak if it computes as its recipe says, the longest micro-batch of all phases."""
     config = network_of(run.model).config
+    shape = NetworkShape.of(config)
+    if any(is_fused_unit(module) for module in run.model.modules()):
+        shape = replace(shape, ffn=2 * shape.widest)
     return plan_memory(
-        NetworkShape.of(config),
+        shape,
         _adapters(run),
         _work(run, _longest(run)),
         _held(run),
@@ -42,8 +47,16 @@ def _adapters(run: Run) -> Adapters:
         inputs={name: module.in_features for name, module in layers.items()},
         ranks={name: sum(module.r.values()) for name, module in layers.items()},
         dropout=run.settings.lora_dropout > 0,
+        fused=any(is_fused(m) for m in layers.values()),
+        recomputed=_recomputed(run.model),
         mask_bytes=4 if run.model.device.type == "cpu" else 1,
     )
+
+
+def _recomputed(model: torch.nn.Module) -> frozenset[str]:
+    """Last linears of gated units that have their input computed again: those over floats."""
+    units = {f"{name}.down_proj": unit.down_proj for name, unit in model.named_modules() if is_fused_unit(unit)}
+    return frozenset(n for n, down in units.items() if type(getattr(down, "base_layer", None)) is torch.nn.Linear)
 
 
 def _learning_linears(model: torch.nn.Module) -> Adapters:

@@ -48,7 +48,7 @@ def _shorter_way(module: nn.Module) -> Callable[..., Tensor] | None:
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
     """While open, every module is called, hooks included, as if nothing had been fused."""
-    fused = [(m, m.__dict__.pop("forward")) for m in model.modules() if _is_fused(m)]
+    fused = [(m, m.__dict__.pop("forward")) for m in model.modules() if is_fused(m)]
     try:
         yield
     finally:
@@ -56,9 +56,15 @@ def unfused(model: nn.Module) -> Iterator[None]:
             module.forward = forward
 
 
-def _is_fused(module: nn.Module) -> bool:
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module takes a shorter way where it can."""
     forward = module.__dict__.get("forward")
     return isinstance(forward, partial) and forward.func in (_adapted_linear, _gated_unit, _norm)
+
+
+def is_fused_unit(module: nn.Module) -> bool:
+    """Whether it is a gated unit that does."""
+    return is_fused(module) and _is_gated_unit(module)
 
 
 # ---- an adapted linear

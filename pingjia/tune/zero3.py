@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from pingjia.errors import TrainingError
-from pingjia.tune.distributed import Together
+from pingjia.tune.distributed import Together, require_shareable
 from pingjia.tune.settings import TuneSettings
 
 
@@ -50,6 +50,7 @@ class Zero3(Together):
         self._engine: Any = None
 
     def prepare(self, model: Any) -> Any:
+        require_shareable(model)
         return _Engine(model)  # DeepSpeed takes network and optimizer together: see below
 
     def optimizer(self, model: Any, groups: list[dict[str, Any]], weight_decay: float) -> Any:

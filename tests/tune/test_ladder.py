@@ -257,6 +257,23 @@ def test_dropout_is_drawn_from_the_same_state_again(
     assert losses(tmp_path / "fell") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
+@pytest.mark.parametrize("step", [0, 37])
+def test_the_loss_curve_over_every_rung(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Six falls in one update: halved twice, checkpointed, bfloat16, INT8, INT4. Before it the curve is that of a run
+    which never fell; from there on it is near it, as near as weights of 4 bits are to floats."""
+    tune(output_dir=str(tmp_path / "whole"), **LADDER_RUN)
+    injected = OutOfMemory(monkeypatch, {step: 6})
+    tune(output_dir=str(tmp_path / "fell"), **LADDER_RUN)
+    assert injected.raised == [step] * 6
+    event = events(tmp_path / "fell")[step + 1]
+    names = ["micro-batch 4 -> 2", "micro-batch 2 -> 1", "gradient checkpointing", HALF, INT8, INT4]
+    assert [name in event for name in names] == [True] * 6
+    fell, whole = losses(tmp_path / "fell"), losses(tmp_path / "whole")
+    assert fell[:step] == whole[:step]
+    assert fell == pytest.approx(whole, rel=0.03)
+    assert fell[step:] != whole[step:]
+
+
 def test_down_to_the_last_rung_and_off_it(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     OutOfMemory(monkeypatch, {3: 6})
     run = LADDER_RUN | {"max_steps": 6}
