@@ -467,8 +467,8 @@ def _require_apart(output_dir: Path, model: str) -> None:
     """What a run writes must not be taken for its base, nor push it aside."""
     if output_dir.is_dir() and Path(model).is_dir() and output_dir.samefile(model):
         raise TrainingError(
-            f"output_dir {output_dir} is the model that is trained; choose another output_dir: this one must stay as it is "
-            "as long as the run may have to go on"
+            f"output_dir {output_dir} is the model that is trained; choose another output_dir: this one must stay as "
+            "it is, for the run to go on from"
         )
 
 
