@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from pingjia.errors import TrainingError
 from pingjia.models.family import Family
 from pingjia.quant.convert import count_weights
+from pingjia.quant.formats import PackedLinear
 from pingjia.recipe import near_miss
 from pingjia.tune.groups import layer_of
 from pingjia.tune.new_tokens import token_indices
@@ -69,6 +70,8 @@ def resolve(model: PreTrainedModel, family: Family, wanted: Sequence[str], layer
 def add_adapter(model: PreTrainedModel, targets: Targets, settings: TuneSettings) -> PeftModel:
     """Put a fresh LoRA on `targets`; only its matrices require a gradient. The same seed gives the same matrices."""
     require_plain_base(model, settings.init_lora_weights)
+    if settings.use_dora:
+        _require_floats_for_dora(model)
     torch.manual_seed(settings.seed)
     adapted = get_peft_model(model, _config(targets, settings, token_indices(model, settings, targets.modules)))
     got = {module_name(name) for name in _lora_a(adapted)}
@@ -76,6 +79,15 @@ def add_adapter(model: PreTrainedModel, targets: Targets, settings: TuneSettings
         odd = sorted(got ^ set(targets.modules))
         raise TrainingError(f"PEFT adapted other modules than asked: {len(odd)} differ, for example {odd[0]}")
     return adapted
+
+
+def _require_floats_for_dora(model: PreTrainedModel) -> None:
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+    if packed:
+        raise TrainingError(
+            f"use_dora reads the base's weights as floats, and {len(packed)} of them are packed (quantization_bit); "
+            "leave use_dora out, or set quantization_method=bitsandbytes, which PEFT can unpack"
+        )
 
 
 def _config(targets: Targets, settings: TuneSettings, tokens: dict[str, list[int]] | None) -> LoraConfig:

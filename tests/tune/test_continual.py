@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from pingjia.errors import DataError, TrainingError
-from pingjia.models import base_fingerprint, load_model
+from pingjia.models import base_fingerprint, load_model, use_packed_attention
 from pingjia.tune import TrainResult
 from pingjia.tune.elastic import Loras, loras
 from pingjia.tune.journal import read_log
@@ -120,7 +120,10 @@ def test_a_grown_network_begins_as_the_earlier_one(go_on: Train, first: Path, ti
 
     def look(model: PeftModel, *rest: Any) -> None:
         real(model, *rest)
+        network = model.get_base_model()  # set already for packed rows, of which this is none
+        network.set_attn_implementation("sdpa")
         seen.append(logits(model))
+        use_packed_attention(network)
 
     monkeypatch.setattr(grow, "grow_beside", look)
     go_on()

@@ -290,6 +290,16 @@ def test_down_to_the_last_rung_and_off_it(tune: Tune, tmp_path: Path, monkeypatc
     assert checkpoints(tmp_path / "b")[-1].step == 3, "what had been learnt is saved"
 
 
+def test_pissa_goes_down_to_packed_weights_too(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of the base is packed; what PiSSA took out of it learns on, and leaves as a plain adapter."""
+    run = LADDER_RUN | {"max_steps": 6, "init_lora_weights": "pissa"}
+    tune(output_dir=str(tmp_path / "whole"), **run)
+    OutOfMemory(monkeypatch, {3: 6})
+    assert tune(output_dir=str(tmp_path / "fell"), **run).finished
+    assert INT4 in events(tmp_path / "fell")[4]
+    assert losses(tmp_path / "fell") == pytest.approx(losses(tmp_path / "whole"), rel=0.02)
+
+
 @pytest.mark.parametrize("falls", [2, 6])
 def test_a_stopped_run_goes_on_on_its_rung(
     tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, falls: int

@@ -96,6 +96,12 @@ def test_pissa_on_packed_weights_is_refused(tune: Callable, tiny_llama: Path) ->
         tune(init_lora_weights="pissa", quantization_bit=4)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dora_on_packed_weights_is_refused(tune: Callable, bits: int) -> None:
+    with pytest.raises(TrainingError, match=r"use_dora reads the base's weights as floats, and 21 of them are packed"):
+        tune(use_dora=True, quantization_bit=bits)
+
+
 def test_lora_plus_moves_b_faster(tune: Callable, tmp_path: Path) -> None:
     for ratio in (1, 16):
         tune(loraplus_lr_ratio=ratio, max_steps=1, warmup_ratio=0.0, output_dir=str(tmp_path / str(ratio)))
