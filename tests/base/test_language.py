@@ -111,7 +111,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     language._classifier.cache_clear()
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(DataError, match=r"needs py3langid: pip install 'pingjia\[data\]'"):
+    with pytest.raises(DataError, match=r"needs py3langid: pip install py3langid"):
         identify("Wer reitet so spät durch Nacht und Wind")
     language._classifier.cache_clear()
     assert identify("这个多少钱").lang == "zh"  # needs no model
