@@ -54,6 +54,7 @@ def worker(
             seats=engine_settings.max_num_seqs,
             lease_s=limits.lease_s,
             drain_s=gateway_settings.drain_s,
+            is_alive=backend.is_alive,
             on_ready=lambda name: errors.print(f"working as {name}", markup=False),
         )
     finally:

@@ -293,7 +293,7 @@ class MemoryQueue:
         return max(0.01, min((e.lease for e in self._claimed.values()), default=1e9) - self._clock())
 
     def _alive(self, now: float) -> list[WorkerCard]:
-        return [card for card, at in self._cards.values() if now - at <= self.limits.lease_s]
+        return [card for card, at in self._cards.values() if now - at <= self.limits.heard_s]
 
     def _load(self, tenant: str, rank: Rank, now: float) -> Load:
         own = [line.values() for (_, name), line in self._waiting.lines.items() if name == tenant]

@@ -74,6 +74,11 @@ class Limits:
     lease_s: float = 10.0
     max_deliveries: int = 3
 
+    @property
+    def heard_s(self) -> float:
+        """Who was not heard of for this long is not ready, though what it claimed stays its own for the lease."""
+        return min(self.lease_s, 3.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Load:

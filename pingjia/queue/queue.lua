@@ -246,7 +246,7 @@ function op.claim(a)
 end
 
 function op.beat(a)
-  call("SET", key("worker", a.worker), a.card, "PX", a.lease_ms)
+  call("SET", key("worker", a.worker), a.card, "PX", a.heard_ms)
   call("SADD", key("names"), a.worker)
   local lost = {}
   for _, given in ipairs(a.claims) do

@@ -98,9 +98,8 @@ class StreamQueue:
 
     async def beat(self, card: WorkerCard, claims: Sequence[Claim]) -> set[str]:
         held = [{"id": claim.job.id, "delivery": claim.delivery} for claim in claims]
-        lost = await self._step(
-            "beat", 0.0, worker=card.name, card=card.dump(), claims=held, lease_ms=int(self.limits.lease_s * 1000)
-        )
+        heard_ms = int(self.limits.heard_s * 1000)
+        lost = await self._step("beat", 0.0, worker=card.name, card=card.dump(), claims=held, heard_ms=heard_ms)
         return set(lost)
 
     async def publish(self, claim: Claim, seq: int, chunks: tuple[Chunk, ...]) -> bool:

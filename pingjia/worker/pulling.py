@@ -8,12 +8,17 @@ import signal
 import socket
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 
+from pingjia.errors import EngineError
 from pingjia.queue.protocol import Queue
 from pingjia.queue.puller import Puller
 from pingjia.types import Backend
 
 log = logging.getLogger("pingjia.worker")
+
+_LOOK_S = 0.5
 
 
 def worker_name() -> str:
@@ -28,37 +33,50 @@ def pull(
     seats: int,
     lease_s: float,
     drain_s: float,
+    is_alive: Callable[[], bool] = lambda: True,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Answer what comes through the queue until SIGTERM or SIGINT; returns when drained.
 
     `open_queue` is called on the event loop that this runs. What is not finished within `drain_s` goes back to the
     queue, and another worker begins it again. The backend is not stopped: that is up to whoever started it.
+    Raises EngineError when the backend is not alive any more, so that whoever watches the process starts a new one.
     """
-    asyncio.run(_pull(backend, open_queue, seats, lease_s, drain_s, on_ready))
+    asyncio.run(_pull(_Work(backend, open_queue, seats, lease_s, drain_s), is_alive, on_ready))
 
 
-async def _pull(
-    backend: Backend,
-    open_queue: Callable[[], Queue],
-    seats: int,
-    lease_s: float,
-    drain_s: float,
-    on_ready: Callable[[str], None] | None,
-) -> None:
-    queue, stop = open_queue(), asyncio.Event()
+@dataclass(frozen=True, slots=True)
+class _Work:
+    backend: Backend
+    open_queue: Callable[[], Queue]
+    seats: int
+    lease_s: float
+    drain_s: float
+
+
+async def _pull(work: _Work, is_alive: Callable[[], bool], on_ready: Callable[[str], None] | None) -> None:
+    queue, stop = work.open_queue(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    puller = Puller(queue, backend, name=worker_name(), seats=seats, beat_s=min(1.0, lease_s / 4))
+    puller = Puller(queue, work.backend, name=worker_name(), seats=work.seats, beat_s=min(1.0, work.lease_s / 4))
     running = asyncio.create_task(puller.run())
-    stopping = asyncio.create_task(stop.wait())
     if on_ready is not None:
         on_ready(puller.name)
-    await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    log.info("worker %s: finishing what it has begun, for %g s at most", puller.name, drain_s)
+    while is_alive() and not running.done() and not await _within(stop, _LOOK_S):
+        pass
+    log.info("worker %s: finishing what it has begun, for %g s at most", puller.name, work.drain_s)
     try:
-        await puller.drain(drain_s)
+        await puller.drain(work.drain_s if is_alive() else 0.0)
         await running
     finally:
         await queue.close()
+    if not stop.is_set() and not is_alive():
+        raise EngineError("the engine died; its log has the details, start the worker again")
+
+
+async def _within(event: asyncio.Event, seconds: float) -> bool:
+    """Whether it is set before so many seconds are over."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    return event.is_set()

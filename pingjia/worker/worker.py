@@ -90,6 +90,10 @@ class Worker:
         busy_since = self._busy_since
         return busy_since is None or time.monotonic() - busy_since < self._settings.frozen_after_s
 
+    def is_alive(self) -> bool:
+        """Whether the engine's thread runs. False after `stop`, and for good after an error in the engine itself."""
+        return self._thread.is_alive()
+
     def load_adapter(self, name: str, path: str | Path) -> Future[None]:
         """Between two steps, serve the adapter at `path` as `name`; the future raises as Engine.load_adapter does."""
         return self._call(lambda: self.engine.load_adapter(name, path))
