@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _SIZE = 3  # tokens that must match; two match by chance too often
-_MOST = 12
+MOST = 12  # guesses of one step
 # Share of accepted guesses below which another row costs more than it brings. With the steps below, guesses that are
 # always wrong cost 1.2 % of the time when another row costs 7 % of a step, and copying answers take 57 % of theirs.
 _LEAST_HOPE = 0.15
@@ -34,7 +34,7 @@ class Drafter:
             self._hope += 0.005  # forgotten in time: an answer may begin to quote late
             return []
         period = len(tokens) - place  # beyond the end an answer that repeats itself goes on repeating
-        return [tokens[place + i % period] for i in range(min(most, max(2, round(self._hope * _MOST))))]
+        return [tokens[place + i % period] for i in range(min(most, max(2, round(self._hope * MOST))))]
 
     def learn(self, num_guesses: int, num_right: int) -> None:
         """Take note of how many guesses the network agreed with."""

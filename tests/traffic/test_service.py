@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from pingjia import Engine, Message, Sampling
+from pingjia.engine.draft import MOST
 from pingjia.engine.settings import EngineSettings
 from pingjia.gateway import create_app
 from pingjia.gateway.server import _listen, _Server
@@ -119,7 +120,8 @@ def test_a_client_that_leaves_stops_its_generation_within_one_step(service: Serv
     wait_for(lambda: service.engine.stats().num_running == 0, "the request ends")
     made = service.metric("generation_tokens_total") - made_before
     assert made < 400, "it went on to the end"
-    assert service.metric("tokens_after_disconnect_total") - before <= 1
+    # One step: a token and as many as were guessed right.
+    assert service.metric("tokens_after_disconnect_total") - before <= 1 + MOST
     settled = service.engine.stats().generation_tokens_total
     time.sleep(0.1)
     assert service.engine.stats().generation_tokens_total == settled
