@@ -83,7 +83,7 @@ def lora() -> Any:
 
 
 def ours(rows: list[Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Our step as `pingjia train` runs it: packed rows, logits where learnt, fused adapters, freed memory given back."""
+    """Our step as `pingjia train` runs it: packed rows, logits where learnt, fused adapters, memory given back."""
     import torch
     from peft import get_peft_model
 

@@ -162,7 +162,9 @@ def test_rooms_without_torch_stay_without_it(name: str) -> None:
     assert not loaded_by(code) & HEAVY
 
 
-@pytest.mark.parametrize("name", ["models", "tune", "engine", "worker", "export", "quant", "data", "chat", "gateway", "queue"])
+@pytest.mark.parametrize(
+    "name", ["models", "tune", "engine", "worker", "export", "quant", "data", "chat", "gateway", "queue"]
+)
 def test_every_public_name_is_there(name: str) -> None:
     from importlib import import_module
 
