@@ -258,8 +258,8 @@ def _require_fitting_type(settings: TuneSettings) -> None:
     strategy, kind = settings.distributed.strategy, settings.finetuning_type
     if strategy == "fsdp2" and kind != "lora":
         raise TrainingError(
-            "distributed.strategy=fsdp2 shares out what does not learn and keeps what learns whole in every process, so "
-            f"it would save nothing of finetuning_type={kind}; use distributed.strategy=zero3 with finetuning_type=full"
+            "distributed.strategy=fsdp2 shares out what does not learn and keeps what learns whole in every process, "
+            f"so it would save nothing of finetuning_type={kind}; use distributed.strategy=zero3 with finetuning_type=full"
         )
     if strategy == "zero3" and kind == "freeze":
         raise TrainingError(
