@@ -259,7 +259,7 @@ def _require_fitting_type(settings: TuneSettings) -> None:
     if strategy == "fsdp2" and kind != "lora":
         raise TrainingError(
             "distributed.strategy=fsdp2 shares out what does not learn and keeps what learns whole in every process, "
-            f"so it would save nothing of finetuning_type={kind}; use distributed.strategy=zero3 with finetuning_type=full"
+            f"so finetuning_type={kind} gains nothing; use distributed.strategy=zero3 with finetuning_type=full"
         )
     if strategy == "zero3" and kind == "freeze":
         raise TrainingError(
