@@ -24,7 +24,8 @@ _LEAKS = {SAME_ROW: LEAK_ROW, SAME_QUESTION: LEAK_QUESTION, NEARLY: LEAK_NEAR}
 class Verdicts:
     """`code_R`: why a record is left out, KEPT if it is not. `other_R`: the record, or the held-out one, it repeats.
 
-    `times_R` and `weight_R`: how often a kept one is written, and its weight in the loss. 13 bytes a record.
+    `times_R` and `weight_R`: how often a kept one is written, and its weight in the loss. 8 bytes a record, 12 once
+    domains have weights.
     """
 
     code: np.ndarray
@@ -38,7 +39,7 @@ class Verdicts:
         size = len(table)
         code = np.full(size, OWN_FAULT, np.uint8)
         code[table.kept_K] = KEPT
-        return cls(code, np.full(size, -1, np.int32), np.ones(size, np.int32), np.ones(size, np.float32))
+        return cls(code, np.full(size, -1, np.int32), np.ones(size, np.int16), _all_one(size))
 
     def grown(self, table: Table) -> Verdicts:
         """The same verdicts with room for the records that a longer table has."""
@@ -63,6 +64,11 @@ class Verdicts:
         if self.code[row] == KEPT:
             self.code[row] = QUALITY
             self.findings[row] = finding
+
+
+def _all_one(size: int) -> np.ndarray:
+    """float32 [size] that takes no room."""
+    return np.broadcast_to(np.ones(1, np.float32), (size,))
 
 
 def judge_duplicates(
@@ -125,7 +131,10 @@ def _refused(table: Table, rows: np.ndarray, plan: SharePlan, minimum: float) ->
 
 def apply_domains(rows: np.ndarray, verdicts: Verdicts, plan: DomainPlan) -> None:
     """Write how often and how heavily each of the alive `rows` counts; those taken 0 times are left out."""
-    verdicts.times[rows], verdicts.weight[rows] = plan.times, plan.weight
+    verdicts.times[rows] = plan.times
+    if (verdicts.weight[rows] != plan.weight).any():
+        verdicts.weight = np.array(verdicts.weight)  # no longer one number for all
+        verdicts.weight[rows] = plan.weight
     verdicts.reject(rows[plan.times == 0], BALANCE)
 
 

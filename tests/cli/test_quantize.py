@@ -99,15 +99,16 @@ def test_the_engine_answers_with_it(int4: Path) -> None:
 def test_an_adapter_trains_over_it_and_one_of_the_float_base_fits_it(
     pingjia: Pingjia, int4: Path, recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
-    for name, model in (("float", None), ("int4", int4)):
-        changed = {"output_dir": str(tmp_path / name)} | ({"model_name_or_path": str(model)} if model else {})
-        outcome = pingjia("train", recipe(f"{name}.yaml", **changed))
+    runs = [tmp_path / "run-float", tmp_path / "run-int4"]
+    for run, model in zip(runs, (None, int4), strict=True):
+        changed = {"output_dir": str(run)} | ({"model_name_or_path": str(model)} if model else {})
+        outcome = pingjia("train", recipe(f"{run.name}.yaml", **changed))
         assert outcome.code == 0, outcome
-    prints = {json.loads((tmp_path / n / "pingjia.json").read_text())["base"]["fingerprint"] for n in ("float", "int4")}
+    prints = {json.loads((run / "pingjia.json").read_text())["base"]["fingerprint"] for run in runs}
     assert prints == {base_fingerprint(load_model(int4))}
     from pingjia import Engine, Sampling
 
-    assert Engine(int4, adapter=tmp_path / "float").generate("冰箱保修多久？", Sampling(max_tokens=2))
+    assert Engine(int4, adapter=runs[0]).generate("冰箱保修多久？", Sampling(max_tokens=2))
 
 
 def test_an_adapter_is_never_merged_into_packed_weights(
