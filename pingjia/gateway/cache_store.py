@@ -152,7 +152,8 @@ class RedisStore:
                 return await call()
         except (RedisError, OSError, TimeoutError) as e:
             self._ask_again_at = self._clock() + _RETRY_S
-            log.warning("cache: Redis cannot be reached (%s); answers are computed meanwhile", e)
+            why = str(e) or f"no answer within {_ANSWER_S} s"
+            log.warning("cache: Redis cannot be reached (%s); answers are computed meanwhile", why)
             return None
 
 

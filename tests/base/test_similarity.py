@@ -42,8 +42,9 @@ tokens = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 @given(tokens, tokens)
 def test_as_the_paper_defines_it(left: list[int], right: list[int]) -> None:
     found = bert_score(text(left), text(right))
-    expected = spelt_out(text(left), text(right), dict.fromkeys(range(31), 1.0))
-    assert (found.precision, found.recall, found.f1) == pytest.approx(expected, abs=1e-5)
+    precision, recall, f1 = spelt_out(text(left), text(right), dict.fromkeys(range(31), 1.0))
+    assert (found.precision, found.recall) == pytest.approx((precision, recall), abs=1e-5)
+    assert found.f1 == pytest.approx(f1, abs=1e-5, rel=1e-3)  # huge where precision and recall cancel
 
 
 @given(tokens, tokens, st.lists(tokens, min_size=1, max_size=4))

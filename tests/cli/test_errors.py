@@ -332,7 +332,8 @@ def test_without_debug_there_is_no_traceback() -> None:
 
 VERBS = [[], ["run"], ["train"], ["eval"], ["serve"], ["chat"], ["export"], ["doctor"], ["env"], ["version"],
          ["data"], ["data", "check"], ["data", "prepare"], ["data", "tokenizer"],
-         ["cost"], ["cost", "report"]]  # fmt: skip
+         ["cost"], ["cost", "report"], ["quantize"], ["gateway"], ["worker"],
+         ["keys"], ["keys", "create"], ["keys", "list"], ["keys", "revoke"], ["keys", "show-usage"]]  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(verb) or "root")
