@@ -20,7 +20,6 @@ from pingjia.models.skeleton import empty_network, fill, is_tied, place_packed, 
 from pingjia.models.source import Source, read_any_config
 from pingjia.quant.bnb import BnbFormat
 from pingjia.quant.formats import PackedEmbedding
-from pingjia.quant.group import GroupInt4Embedding
 from pingjia.quant.settings import QUANT_METHOD
 from pingjia.quant.shards import read_digests, require_digest
 
@@ -104,7 +103,7 @@ def _fill_all(model: PreTrainedModel, source: PackedSource, dtype: torch.dtype) 
     if is_tied(model):
         tie_tables(model)
     table = model.get_input_embeddings()
-    if isinstance(table, (PackedEmbedding, GroupInt4Embedding)):
+    if isinstance(table, PackedEmbedding):
         table.out_dtype = dtype
 
 

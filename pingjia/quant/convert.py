@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from pingjia.errors import ModelError
 from pingjia.quant.bnb import is_packed_by_bnb
 from pingjia.quant.formats import FORMATS, PackedEmbedding, PackedLinear
-from pingjia.quant.group import GroupInt4Embedding
 from pingjia.quant.rows import BITS
 
 
@@ -71,7 +70,7 @@ def pack_tables(model: PreTrainedModel, weight_NP: torch.Tensor, scale_N: torch.
 
 def count_weights(model: nn.Module) -> int:
     """Parameters of a network, a packed matrix counted by the weights it stands for; tied tensors once."""
-    kinds = (PackedLinear, PackedEmbedding, GroupInt4Embedding)
+    kinds = (PackedLinear, PackedEmbedding)
     packed = {id(m.weight): m.num_weights for m in model.modules() if isinstance(m, kinds)}
     bnb = [m for m in model.modules() if isinstance(m, nn.Linear) and is_packed_by_bnb(m)]
     packed |= {id(m.weight): m.in_features * m.out_features for m in bnb}

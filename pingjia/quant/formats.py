@@ -8,6 +8,8 @@ compiled kernels (`native.py`, once `tiled.prepare_for_inference` has reordered 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import nn
 
@@ -16,7 +18,7 @@ from pingjia.quant.rows import dequantize_rows, quantize_rows, stored_columns
 from pingjia.quant.tiled import Tiled
 
 
-class PackedLinear(Tiled, nn.Linear):
+class PackedLinear(Tiled, nn.Linear, ABC):
     """What the formats share. `weight` int8 [out, stored columns], `weight_scale` float [out]."""
 
     def __init__(
@@ -61,9 +63,9 @@ class PackedLinear(Tiled, nn.Linear):
         product = self._product(x)
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
+    @abstractmethod
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """x @ weight^T in plain torch."""
-        raise NotImplementedError
 
     def _widened(self, dtype: torch.dtype) -> torch.Tensor:
         """The plain weight as floats."""
@@ -119,9 +121,11 @@ class PackedEmbedding(Tiled, nn.Embedding):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if self.tiles is not None:
             return self.tiles.rows(ids).to(self.out_dtype)
-        rows = ids.reshape(-1)
-        table = dequantize_rows(self.weight[rows], self.weight_scale[rows], self.bits, self.out_dtype)
-        return table.view(*ids.shape, self.embedding_dim)
+        return self._widened(ids.reshape(-1)).view(*ids.shape, self.embedding_dim)
+
+    def _widened(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [K] of the plain table as floats [K, columns]."""
+        return dequantize_rows(self.weight[rows], self.weight_scale[rows], self.bits, self.out_dtype)
 
 
 FORMATS: dict[str, type[PackedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}

@@ -17,10 +17,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from pingjia.errors import ModelError
-from pingjia.quant.formats import PackedLinear
+from pingjia.quant.formats import PackedEmbedding, PackedLinear
 from pingjia.quant.rows import row_blocks
 from pingjia.quant.settings import GROUP_SIZES
-from pingjia.quant.tiled import Tiled
 
 
 def group_size_for(num_columns: int, asked: int, name: str = "the matrix") -> int:
@@ -158,32 +157,11 @@ class GroupInt4Linear(PackedLinear):
         return f"{super().extra_repr()}, group_size={self.group_size}"
 
 
-class GroupInt4Embedding(Tiled, nn.Embedding):
-    """An embedding table of grouped INT4; only the rows that are looked up become floats. Frozen.
-
-    Its `weight` and `weight_scale` may be those of a `GroupInt4Linear` head.
-    """
-
-    bits = 4
-
-    out_dtype: torch.dtype = torch.float32
+class GroupInt4Embedding(PackedEmbedding):
+    """The same of grouped INT4. Its `weight` and `weight_scale` may be those of a `GroupInt4Linear` head."""
 
     def __init__(self, weight_NP: torch.Tensor, scale_NG: torch.Tensor) -> None:
-        nn.Module.__init__(self)  # not nn.Embedding's: it would allocate a float table
-        self.num_embeddings, self.embedding_dim = weight_NP.shape[0], 2 * weight_NP.shape[1]
-        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
-        self.scale_grad_by_freq = self.sparse = False
-        self.weight = nn.Parameter(weight_NP, requires_grad=False)
-        self.register_buffer("weight_scale", scale_NG)
+        super().__init__(weight_NP, scale_NG, 4)
 
-    @property
-    def num_weights(self) -> int:
-        """Weights the table stands for, not the bytes it takes."""
-        return self.num_embeddings * self.embedding_dim
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        if self.tiles is not None:
-            return self.tiles.rows(ids).to(self.out_dtype)
-        rows = ids.reshape(-1)
-        table = dequantize_groups(self.weight[rows], self.weight_scale[rows], self.out_dtype)
-        return table.view(*ids.shape, self.embedding_dim)
+    def _widened(self, rows: torch.Tensor) -> torch.Tensor:
+        return dequantize_groups(self.weight[rows], self.weight_scale[rows], self.out_dtype)

@@ -176,7 +176,7 @@ def widened(packed: PreTrainedModel, like: PreTrainedModel) -> PreTrainedModel:
         target = like.get_submodule(name)
         if isinstance(module, (GroupInt4Linear, Int8Linear)):
             target.weight.data = module.dequantize()
-        elif isinstance(module, (PackedEmbedding, GroupInt4Embedding)):
+        elif isinstance(module, PackedEmbedding):
             target.weight.data = module(torch.arange(module.num_embeddings))
         elif isinstance(module, torch.nn.Embedding) or (name and module is packed.get_output_embeddings()):
             target.weight.data = module.weight.float()  # kept as floats, but in half precision
