@@ -21,7 +21,8 @@ from pingjia.tune.checkpoint import new_directory
 from pingjia.tune.distributed import Alone
 from pingjia.tune.loop import try_run
 from pingjia.tune.memory import MemoryPlan
-from pingjia.tune.run import Hooks, build, plan_of, read_inputs
+from pingjia.tune.plan import plan_of
+from pingjia.tune.run import Hooks, build, read_inputs
 from pingjia.tune.settings import TuneSettings
 from pingjia.tune.trained import Trained
 

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 import pingjia
 from pingjia import chat, data
 from pingjia.data.settings import DataSettings
-from pingjia.errors import DataError, TrainingError
-from pingjia.ledger import Fact, Ledger
+from pingjia.errors import TrainingError
+from pingjia.ledger import Ledger
 from pingjia.meter import Meter
 from pingjia.models import base_fingerprint, family_of, load_model, max_model_len, use_packed_attention
 from pingjia.models.device import pick_device
@@ -28,6 +28,7 @@ from pingjia.models.family import Family
 from pingjia.models.packing import pick_packing, stored_bits
 from pingjia.models.settings import ModelSettings
 from pingjia.tune import continual
+from pingjia.tune.account import Account
 from pingjia.tune.checkpoint import (
     ABOUT_FILE,
     LOG_FILE,
@@ -41,22 +42,20 @@ from pingjia.tune.checkpoint import (
 )
 from pingjia.tune.directory import Proof, save_directory
 from pingjia.tune.distributed import Alone, Holding, joined, local_rank
-from pingjia.tune.forecast import forecast
 from pingjia.tune.fused import fuse
 from pingjia.tune.gate import Examine
-from pingjia.tune.groups import RateGroup
-from pingjia.tune.guards import require_learnt
 from pingjia.tune.journal import StepLog, read_log
 from pingjia.tune.keep import Finish, Kept
 from pingjia.tune.lineage import stages_of
-from pingjia.tune.loop import SHRUNK, Run, rate_groups, run_training
-from pingjia.tune.lora import Targets, adaptable, count_parameters, num_layers, resolve, resolve_targets
-from pingjia.tune.memory import MemoryPlan
-from pingjia.tune.phases import Phase, plan_phases, trainable_names
+from pingjia.tune.loop import SHRUNK, Run, run_training
+from pingjia.tune.lora import Targets, adaptable, num_layers, resolve, resolve_targets
+from pingjia.tune.phases import Phase, plan_phases
 from pingjia.tune.pissa import first_matrices
+from pingjia.tune.plan import TrainPlan, plan_of
 from pingjia.tune.plot import plot_loss
 from pingjia.tune.precision import base_dtype
 from pingjia.tune.relief import checkpoint_activations
+from pingjia.tune.rows import encode_rows
 from pingjia.tune.settings import FREEZE_KEYS, PhaseSettings, TuneSettings
 from pingjia.tune.trackers import Tracked, Trackers, run_key, wanted
 from pingjia.tune.trained import trained_of
@@ -76,37 +75,6 @@ _NOT_WEIGHTS = {
     "continue_from",  # what a course takes from there counts, not where it is
     "continual",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class RateRow:
-    """A line of the table of rates: which layers, which modules in them, at what peak rate, how many parameters."""
-
-    phase: str
-    layers: str
-    modules: tuple[str, ...]
-    rate: float
-    num_parameters: int
-    num_steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class TrainPlan:
-    """What is about to be trained; handed to `on_plan` before the first update."""
-
-    finetuning_type: str
-    targets: Targets
-    num_trainable: int
-    num_parameters: int
-    num_rows: int
-    num_tokens: int
-    num_learnt: int
-    num_steps: int
-    longest: int
-    rates: tuple[RateRow, ...]
-    resume_from: Path | None
-    dropped: tuple[str, ...]
-    memory: MemoryPlan | None = None  # None: memory is off
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +138,7 @@ def train(
         if finished is not None:
             return finished
         job = build(inputs, ranks, hooks)
-        account = _Account(job.run, meter, ledger if ranks.is_first else None, run_name)
+        account = Account(job.run, meter, ledger if ranks.is_first else None, run_name)
         job.run.on_saved = account.note
         plan = plan_of(job.run, job.targets, inputs.dropped)
         if ranks.is_first:
@@ -397,37 +365,6 @@ def _ancestry(model: str) -> dict[str, Any]:
     return {"lineage": [asdict(stage) for stage in stages_of(Path(model), about)]} if about is not None else {}
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """A data set as token ids. `dropped`: a line for each row that is left out; `has_tools`: whether any row has."""
-
-    encoded: list[Encoded]
-    dropped: list[str]
-    has_tools: bool
-
-
-def encode_rows(files: list[str], settings: DataSettings, tokenizer: Any, cutoff_len: int) -> Rows:
-    """Rows as token ids. An unreadable row stops the run; a row over cutoff_len is dropped, by name, never cut."""
-    problems: list[str] = []
-    examples = list(
-        data.read_examples(
-            files,
-            domains=settings.domains,
-            max_samples=settings.max_samples,
-            on_problem=lambda p: problems.append(str(p)),
-        )
-    )
-    if problems:
-        more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise DataError(
-            "\n".join(problems[:10]) + more + f"\n{len(problems)} rows cannot be trained on; correct them, or let "
-            "`pingjia data prepare` write a clean file and rejected.jsonl"
-        )
-    rows, too_long = data.encode_examples(examples, tokenizer, cutoff_len)
-    require_learnt(rows)
-    return Rows(rows, [str(problem) for problem in too_long], any(example.tools for example in examples))
-
-
 def _recipe(*sections: Any) -> dict[str, Any]:
     return {key: value for section in sections for key, value in section.model_dump(mode="json").items()}
 
@@ -546,74 +483,12 @@ def _stored_bytes(output_dir: Path) -> int:
     return sum(file.stat().st_size for file in result_files(output_dir))
 
 
-class _Account:
-    """Writes to the ledger what was spent since the last entry, at every checkpoint: a killed run is billed too."""
-
-    def __init__(self, run: Run, meter: Meter, ledger: Ledger | None, run_name: str) -> None:
-        self._run, self._meter, self._ledger, self._name = run, meter, ledger, run_name
-        self._billed_s = 0.0
-        self._billed_step: int | None = None
-
-    def note(self, stored_bytes: int = 0) -> None:
-        if self._ledger is None:
-            return
-        seconds, logs = self._meter.seconds, self._run.logs
-        first = self._billed_step if self._billed_step is not None else self._run.start
-        new = [log for log in logs if log.step > first]
-        self._ledger.append(
-            Fact(
-                kind="train",
-                run=self._name,
-                seconds=round(seconds - self._billed_s, 3),
-                trained_tokens=sum(log.num_tokens for log in new),
-                learnt_tokens=sum(log.num_learnt for log in new),
-                peak_bytes=self._run.peak_bytes,
-                stored_bytes=stored_bytes,
-                note={"output_dir": str(self._run.output_dir), "step": logs[-1].step if logs else 0},
-            )
-        )
-        self._billed_s, self._billed_step = seconds, logs[-1].step if logs else first
-
-
 def _resume_from(output_dir: Path, settings: TuneSettings) -> Path | None:
     """The checkpoint to go on from, or None to start at the first update."""
     if isinstance(settings.resume_from_checkpoint, str):
         return Path(settings.resume_from_checkpoint)
     found = checkpoints(output_dir)
     return found[-1].path if found and settings.resume_from_checkpoint else None
-
-
-def plan_of(run: Run, targets: Targets, dropped: list[str]) -> TrainPlan:
-    """What a run that is built is about to do."""
-    trainable, total = count_parameters(run.model)
-    return TrainPlan(
-        finetuning_type=run.settings.finetuning_type,
-        targets=targets,
-        num_trainable=trainable,
-        num_parameters=total,
-        num_rows=len(run.rows),
-        num_tokens=sum(len(row.ids) for row in run.rows),
-        num_learnt=sum(row.num_learnt for row in run.rows),
-        num_steps=run.num_steps,
-        longest=max(len(row.ids) for row in run.rows),
-        rates=_rates(run),
-        resume_from=run.resume_from,
-        dropped=tuple(dropped),
-        memory=forecast(run) if run.settings.memory == "auto" else None,
-    )
-
-
-def _rates(run: Run) -> tuple[RateRow, ...]:
-    """The rates of every phase. Leaves all that the run trains open, as it found it."""
-    trainable = trainable_names(run.model)
-    rows = []
-    for phase in run.phases:
-        groups: list[RateGroup] = rate_groups(run, phase, trainable)
-        rows += [RateRow(phase.name, g.label, g.modules, g.rate, g.count, phase.plan.num_steps) for g in groups]
-    for name, parameter in run.model.named_parameters():
-        if name in trainable:
-            parameter.requires_grad_(True)
-    return tuple(rows)
 
 
 def _metrics(run: Run) -> dict[str, Any]:

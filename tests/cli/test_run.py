@@ -118,7 +118,7 @@ def test_a_run_on_changed_data_can_be_killed_at_any_time(
         write_rows([json.loads(rows[0]), {"prompt": "周末上班吗？", "response": "上班。"}, *map(json.loads, rows[2:])])
         went_well(pingjia("train", file, f"output_dir={tmp_path / 'fresh'}"))
         # While it loads, and when its first checkpoint is whole and to be billed.
-        for owner, name in ((job, "load_model"), (job._Account, "note")):
+        for owner, name in ((job, "load_model"), (job.Account, "note")):
             with pytest.MonkeyPatch.context() as fault:
                 fault.setattr(owner, name, die)
                 with pytest.raises(Killed):

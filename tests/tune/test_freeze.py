@@ -20,7 +20,7 @@ from pingjia.tune import Hooks, TrainResult, loop
 from pingjia.tune.checkpoint import checkpoints
 from pingjia.tune.frozen import num_frozen_layers
 from pingjia.tune.groups import layer_of, module_of
-from pingjia.tune.run import TrainPlan
+from pingjia.tune.plan import TrainPlan
 from pingjia.tune.settings import TuneSettings
 from pingjia.tune.weights import _chosen_layers, open_weights, resolve_weights
 

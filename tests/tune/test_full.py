@@ -30,8 +30,9 @@ from pingjia.tune.checkpoint import checkpoints
 from pingjia.tune.distributed import require_possible
 from pingjia.tune.journal import read_log
 from pingjia.tune.launch import Layout, free_port, launch
+from pingjia.tune.plan import TrainPlan
 from pingjia.tune.rehearse import rehearse
-from pingjia.tune.run import TrainPlan, read_about
+from pingjia.tune.run import read_about
 from pingjia.tune.settings import TuneSettings
 
 Train = Callable[..., TrainResult]

@@ -16,8 +16,8 @@ from pingjia.models import family_of, load_model
 from pingjia.tune import Hooks
 from pingjia.tune.groups import RateGroup, Rates, group_parameters
 from pingjia.tune.lora import add_adapter, resolve_targets
+from pingjia.tune.plan import RateRow, TrainPlan
 from pingjia.tune.ranges import describe, parse_layers
-from pingjia.tune.run import RateRow, TrainPlan
 from pingjia.tune.settings import TuneSettings
 
 Named = list[tuple[str, torch.nn.Parameter]]

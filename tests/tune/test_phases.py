@@ -15,7 +15,7 @@ from pingjia.tune import Hooks
 from pingjia.tune.groups import module_of
 from pingjia.tune.journal import read_log
 from pingjia.tune.phases import Phase, enter, frozen_digest, require_untouched
-from pingjia.tune.run import TrainPlan
+from pingjia.tune.plan import TrainPlan
 
 PHASES = [{"target": "embedding"}, {"target": "attention", "learning_rate": 2e-3}, {"target": "ffn", "max_steps": 3}]
 GROUPS = {"embedding": ("embed_tokens",), "attention": ("q_proj", "o_proj"), "ffn": ("up_proj", "down_proj")}
