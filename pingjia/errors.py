@@ -69,3 +69,15 @@ class Overloaded(PingjiaError):
 
 class EngineError(PingjiaError):
     """The engine failed while a request was running. HTTP 500; the request ends with finish_reason "error"."""
+
+
+class UpstreamFailed(EngineError):
+    """A server that answers in the engine's place failed, or cannot be reached. HTTP 502."""
+
+
+class UpstreamBusy(Overloaded):
+    """A server that answers in the engine's place takes no more now. HTTP `status`, 429 or 503, as it said itself."""
+
+    def __init__(self, message: str, *, retry_after_s: float, status: int = 503) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.status = status

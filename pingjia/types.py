@@ -250,13 +250,35 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
+class Passed:
+    """What another server is asked in place of token ids. path: the end of the URL, chat/completions or completions.
+
+    body: JSON text with sorted keys, without what is said elsewhere: model, seed, stream, n. num_prompt: tokens of the
+    prompt, as well as they are known; not in `repr`, by which the cache tells questions apart.
+    """
+
+    path: str
+    body: str
+    num_prompt: int = dataclasses.field(default=0, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt on its way to an engine, already rendered to token ids. `adapter` None means the base model."""
+    """One prompt on its way to an engine, already rendered to token ids. `adapter` None means the base model.
+
+    passed: instead of ids, for a server that renders by itself; `adapter` is then the model's id, the base's too.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     adapter: str | None = None
+    passed: Passed | None = None
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt; an estimate where another server counts them."""
+        return len(self.prompt_ids) if self.passed is None else self.passed.num_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +304,8 @@ class Chunk:
     """A piece of a streamed answer; never half a character. The last one, and only it, has `finish_reason`.
 
     index: which of the `n` answers to one prompt this belongs to, where several come through one stream.
+    foreign: what another server said that is more than text (calls of tools, log-probabilities), as JSON text of its
+    choice; `text` and `finish_reason` repeat of it what is known here.
     """
 
     text: str = ""
@@ -291,17 +315,19 @@ class Chunk:
     usage: Usage | None = None
     error: str | None = None
     index: int = 0
+    foreign: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer."""
+    """A whole answer. foreign: as in its chunks, in order; empty for one that is text alone."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     usage: Usage
     logprobs: tuple[TokenLogprob, ...] = ()
+    foreign: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

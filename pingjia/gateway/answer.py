@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Answer:
         deadline: float,
         clock: Callable[[], float],
     ) -> None:
-        self.tallies = [Tally(len(request.prompt_ids)) for request in requests]
+        self.tallies = [Tally(request.num_prompt) for request in requests]
         self._source = source
         self._per_prompt = choices_per_prompt
         self._deadline = deadline  # in the event loop's time
@@ -160,4 +161,12 @@ def _join(chunks: Sequence[Chunk], usage: Usage) -> Completion:
         logprobs += chunk.logprobs
     finish_reason = chunks[-1].finish_reason
     assert finish_reason is not None  # `pieces` ends only then
-    return Completion("".join(c.text for c in chunks), tuple(ids), finish_reason, usage, tuple(logprobs))
+    text, foreign = "".join(c.text for c in chunks), _foreign(chunks)
+    return Completion(text, tuple(ids), finish_reason, usage, tuple(logprobs), foreign)
+
+
+def _foreign(chunks: Sequence[Chunk]) -> tuple[str, ...]:
+    """What another server said, as soon as one piece of it is more than text."""
+    if not any(chunk.foreign for chunk in chunks):
+        return ()
+    return tuple(chunk.foreign or json.dumps({"text": chunk.text}) for chunk in chunks)

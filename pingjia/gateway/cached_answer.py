@@ -45,11 +45,15 @@ def load(data: bytes) -> CachedAnswer:
 def compact(chunks: Sequence[Chunk]) -> list[Chunk]:
     """The same answer in fewer pieces; what ends a choice or counts tokens stays by itself."""
     pieces: list[Chunk] = []
-    for (_, plain), group in groupby(chunks, key=lambda c: (c.index, c.finish_reason is None and c.usage is None)):
+    for (_, plain), group in groupby(chunks, key=lambda c: (c.index, _is_plain(c))):
         run = list(group)
         step = _PER_PIECE if plain else 1
         pieces += [_join(run[i : i + step]) for i in range(0, len(run), step)]
     return pieces
+
+
+def _is_plain(chunk: Chunk) -> bool:
+    return chunk.finish_reason is None and chunk.usage is None and not chunk.foreign
 
 
 def reused(chunk: Chunk) -> Chunk:
@@ -77,11 +81,11 @@ def _chain(parts: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:
 def _row(chunk: Chunk) -> list[Any]:
     logprobs = [[entry.token_id, entry.logprob, entry.top] for entry in chunk.logprobs]
     usage = chunk.usage and [chunk.usage.prompt_tokens, chunk.usage.completion_tokens, chunk.usage.cached_tokens]
-    return [chunk.text, chunk.token_ids, logprobs, chunk.finish_reason, usage, chunk.index]
+    return [chunk.text, chunk.token_ids, logprobs, chunk.finish_reason, usage, chunk.index, chunk.foreign]
 
 
 def _chunk(row: list[Any]) -> Chunk:
-    text, ids, logprobs, finish_reason, usage, index = row
+    text, ids, logprobs, finish_reason, usage, index, foreign = row if len(row) > 6 else [*row, ""]
     return Chunk(
         text=text,
         token_ids=tuple(ids),
@@ -89,4 +93,5 @@ def _chunk(row: list[Any]) -> Chunk:
         finish_reason=finish_reason,
         usage=None if usage is None else Usage(*usage),
         index=index,
+        foreign=foreign,
     )

@@ -19,7 +19,16 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pingjia.errors import EngineError, ModelNotFound, Overloaded, PingjiaError, RequestError, StorageError
+from pingjia.errors import (
+    EngineError,
+    ModelNotFound,
+    Overloaded,
+    PingjiaError,
+    RequestError,
+    StorageError,
+    UpstreamBusy,
+    UpstreamFailed,
+)
 from pingjia.queue.policy import ShareExceeded
 from pingjia.queue.protocol import QueueLost
 
@@ -105,6 +114,7 @@ _PLAIN: dict[type[Exception], tuple[int, str, str]] = {
     BodyTooSlow: (408, "invalid_request_error", "body_timeout"),
     BodyTooLarge: (413, "invalid_request_error", "body_too_large"),
     WrongContentType: (415, "invalid_request_error", "unsupported_media_type"),
+    UpstreamFailed: (502, "server_error", "upstream_failed"),
     EngineError: (500, "server_error", "engine_error"),
     Forbidden: (403, "invalid_request_error", "insufficient_permissions"),
     QuotaExceeded: (429, "insufficient_quota", "insufficient_quota"),
@@ -130,6 +140,8 @@ def describe(exc: BaseException) -> Failure:
         return Failure(status, _clean(str(exc)), "invalid_request_error", exc.code, exc.param)
     if isinstance(exc, Overloaded):
         headers = {"retry-after": str(max(1, ceil(exc.retry_after_s)))}
+        if isinstance(exc, UpstreamBusy) and exc.status == 429:
+            return Failure(429, _clean(str(exc)), "rate_limit_error", "rate_limit_exceeded", headers=headers)
         if isinstance(exc, ShareExceeded):
             return Failure(429, _clean(str(exc)), "rate_limit_error", "queue_share_exceeded", headers=headers)
         return Failure(503, _clean(str(exc)), "server_error", "overloaded", headers=headers)

@@ -151,8 +151,8 @@ def check_model(key: Key, model: str) -> None:
 
 def num_tokens(requests: Sequence[Request]) -> int:
     """Prompts, each counted once, plus the longest possible answers."""
-    prompts = {request.prompt_ids for request in requests}
-    return sum(map(len, prompts)) + sum(request.sampling.max_tokens * request.sampling.n for request in requests)
+    prompts = {(request.prompt_ids, request.passed): request.num_prompt for request in requests}
+    return sum(prompts.values()) + sum(request.sampling.max_tokens * request.sampling.n for request in requests)
 
 
 def _too_many_tokens(taken: Taken, limit: int) -> RateLimited:

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter
 from pingjia.chat.tokenizer import Tokenizer
 from pingjia.gateway.ask import Ask
 from pingjia.gateway.settings import GatewaySettings, LanguageRule
+from pingjia.gateway.upstream_tokens import estimate_tokens
 from pingjia.language import MIXED, UNKNOWN, identify
 from pingjia.types import Chunk, Message, ModelCard, Request, Usage
 
@@ -103,14 +104,15 @@ class LanguageFront:
 class Refusal:
     """A source of answers that are all one text; nothing is computed."""
 
-    def __init__(self, text: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, text: str, tokenizer: Tokenizer | None) -> None:
         self._text = text
-        self._ids = tuple(tokenizer.encode(text))
+        self._ids = tuple(tokenizer.encode(text)) if tokenizer is not None else ()
+        self._num_tokens = len(self._ids) if tokenizer is not None else estimate_tokens(text)
 
     async def stream(self, request: Request) -> AsyncIterator[Chunk]:
         for index in range(request.sampling.n):
             yield Chunk(self._text, self._ids, index=index)
-            usage = Usage(len(request.prompt_ids), len(self._ids))
+            usage = Usage(request.num_prompt, self._num_tokens)
             yield Chunk(finish_reason="stop", usage=usage, index=index)
 
 

@@ -9,7 +9,16 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from pingjia.errors import EngineError, ModelNotFound, Overloaded, PingjiaError, PromptTooLong, RequestError
+from pingjia.errors import (
+    EngineError,
+    ModelNotFound,
+    Overloaded,
+    PingjiaError,
+    PromptTooLong,
+    RequestError,
+    UpstreamBusy,
+    UpstreamFailed,
+)
 from pingjia.types import Chunk, Request, TokenLogprob, Usage
 
 Rank = Literal["high", "normal", "low"]
@@ -40,7 +49,7 @@ class Job:
     @property
     def cost(self) -> int:
         """Tokens it may take: its prompt and its longest answers."""
-        return len(self.request.prompt_ids) + self.request.sampling.max_tokens * self.request.sampling.n
+        return self.request.num_prompt + self.request.sampling.max_tokens * self.request.sampling.n
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +76,12 @@ class End:
         """The end of a job whose backend raised. What nobody wrote on purpose is not shown."""
         if isinstance(exc, RequestError):
             return cls("failed", str(exc), _NAMES.get(type(exc), "request"), exc.param, exc.code)
+        if isinstance(exc, UpstreamBusy):
+            return cls("failed", str(exc), "busy", str(exc.status), f"{exc.retry_after_s:.3f}")
         if isinstance(exc, Overloaded):
             return cls("failed", str(exc), "overloaded", code=f"{exc.retry_after_s:.3f}")
         if isinstance(exc, PingjiaError):
-            return cls("failed", str(exc), "engine")
+            return cls("failed", str(exc), "upstream" if isinstance(exc, UpstreamFailed) else "engine")
         return cls("failed", f"the worker failed ({type(exc).__name__}); its log has the details", "engine")
 
     def exception(self) -> Exception | None:
@@ -83,6 +94,10 @@ class End:
             return PromptTooLong(self.message, param=self.param or "messages")
         if self.error == "request":
             return RequestError(self.message, param=self.param, code=self.code)
+        if self.error == "busy":
+            return UpstreamBusy(self.message, retry_after_s=float(self.code or 1.0), status=int(self.param or 503))
+        if self.error == "upstream":
+            return UpstreamFailed(self.message)
         if self.error == "overloaded":
             return Overloaded(self.message, retry_after_s=float(self.code or 1.0))
         if self.kind == "expired":
@@ -151,11 +166,15 @@ def load_end(text: str) -> End:
 def _chunk_row(chunk: Chunk) -> list[Any]:
     usage = chunk.usage and [chunk.usage.prompt_tokens, chunk.usage.completion_tokens, chunk.usage.cached_tokens]
     logprobs = [[t.token_id, t.logprob, t.top] for t in chunk.logprobs]
-    row = [chunk.text, chunk.token_ids, chunk.finish_reason, usage, logprobs, chunk.error, chunk.index]
+    row = [chunk.text, chunk.token_ids, chunk.finish_reason, usage, logprobs, chunk.error, chunk.index, chunk.foreign]
     return row[:2] if not any(row[2:]) else row
 
 
 def _chunk_of(row: list[Any]) -> Chunk:
-    text, ids, finish_reason, usage, logprobs, error, index = row if len(row) > 2 else [*row, None, None, (), None, 0]
+    text, ids, finish_reason, usage, logprobs, error, index, foreign = [*row, *_PLAIN_ROW[len(row) - 2 :]]
     tokens = tuple(TokenLogprob(i, p, tuple((j, q) for j, q in top)) for i, p, top in logprobs)
-    return Chunk(text, tuple(ids), tokens, finish_reason, Usage(*usage) if usage else None, error, index)
+    return Chunk(text, tuple(ids), tokens, finish_reason, Usage(*usage) if usage else None, error, index, foreign)
+
+
+_PLAIN_ROW: tuple[Any, ...] = (None, None, (), None, 0, "")
+"""What a row that is only a text leaves out; a gateway of an older version leaves out the end of it."""

@@ -11,7 +11,7 @@ from time import monotonic
 from pingjia.queue.job import Claim, End, Job, JobState, JobStatus, Part, Rank
 from pingjia.queue.policy import WEIGHTS, FairShare, Gate, Limits, Load, Wish
 from pingjia.queue.protocol import QueueStats, WorkerCard
-from pingjia.types import Chunk
+from pingjia.types import Chunk, Request
 
 _NONE_KNOWN = End("abandoned", "this request is not known (any more)", "engine")
 
@@ -330,8 +330,12 @@ def wish_of(jobs: Sequence[Job]) -> Wish:
         units=sum(job.cost for job in jobs),
         largest=max(job.cost for job in jobs),
         deadline_s=min(job.deadline_s for job in jobs),
-        mark=hash(tuple((job.tenant, job.request.prompt_ids, job.request.sampling.max_tokens) for job in jobs)),
+        mark=hash(tuple((job.tenant, *_asked(job.request), job.request.sampling.max_tokens) for job in jobs)),
     )
+
+
+def _asked(request: Request) -> tuple[object, ...]:
+    return request.prompt_ids, request.passed and request.passed.body
 
 
 def expired() -> End:

@@ -18,6 +18,7 @@ log = logging.getLogger("pingjia.queue")
 
 _WAIT_S = 1.0
 _RECOVER_S = 0.2
+_LOOK_S = 0.1
 
 
 class Puller:
@@ -35,6 +36,8 @@ class Puller:
         seats: int,
         beat_s: float,
         clock: Callable[[], float] = monotonic,
+        on_claim: Callable[[Claim], None] = lambda claim: None,
+        on_end: Callable[[End], None] = lambda end: None,
     ) -> None:
         self.name = name
         self.seats = seats
@@ -43,6 +46,9 @@ class Puller:
         self._backend = backend
         self._beat_s = beat_s
         self._clock = clock
+        self._on_claim = on_claim
+        self._on_end = on_end
+        self.is_lost = False
         self._running: dict[str, tuple[Claim, asyncio.Task[None]]] = {}
         self._freed = asyncio.Event()
         self._is_draining = False
@@ -85,6 +91,7 @@ class Puller:
             await asyncio.sleep(_RECOVER_S)
             return
         for claim in claims:
+            self._on_claim(claim)
             self._running[claim.job.id] = (claim, asyncio.create_task(self._answer(claim)))
 
     async def _until_freed(self, wait_s: float) -> None:
@@ -119,11 +126,11 @@ class Puller:
                 while not news.empty():
                     items.append(news.get_nowait())
                 chunks = tuple(item for item in items if isinstance(item, Chunk))
-                num_tokens += sum(len(chunk.token_ids) for chunk in chunks)
+                num_tokens = max(num_tokens + sum(len(c.token_ids) for c in chunks), *(_counted(c) for c in chunks), 0)
                 seq += 1
                 last = items[-1]
                 if isinstance(last, End):
-                    await self._end(claim, seq, chunks, last, len(claim.job.request.prompt_ids) + num_tokens)
+                    await self._end(claim, seq, chunks, last, claim.job.request.num_prompt + num_tokens)
                     return
                 if not await self._queue.publish(claim, seq, chunks):
                     return
@@ -149,7 +156,8 @@ class Puller:
         news.put_nowait(end)
 
     async def _end(self, claim: Claim, seq: int, chunks: tuple[Chunk, ...], end: End, spent: int) -> None:
-        await self._queue.end(claim, seq, chunks, end, spent)
+        if await self._queue.end(claim, seq, chunks, end, spent):
+            self._on_end(end)
 
     async def _beat_always(self) -> None:
         while True:
@@ -157,22 +165,39 @@ class Puller:
                 for job_id in await self._queue.beat(self._card(), [claim for claim, _ in self._running.values()]):
                     if job_id in self._running:
                         self._running[job_id][1].cancel()
+                self.is_lost = False
             except QueueLost:
+                self.is_lost = True
                 log.warning("worker %s: the queue is out of reach", self.name)
             except Exception:
                 log.exception("worker %s: a beat failed", self.name)
-            await asyncio.sleep(self._beat_s)
+            await self._until_beat()
+
+    async def _until_beat(self) -> None:
+        """Until it is time for the next beat, or there is something new to say: the backend froze, or came back."""
+        was_ready, until = self.is_ready(), self._clock() + self._beat_s
+        while self.is_ready() == was_ready and self._clock() < until:
+            await asyncio.sleep(min(_LOOK_S, self._beat_s))
+
+    def is_ready(self) -> bool:
+        """Whether a request that is claimed now would be begun."""
+        return self._backend.is_ready() and not self._is_draining
 
     def _card(self) -> WorkerCard:
         pace = self.pace.units_per_s
         return WorkerCard(
             self.name,
             self.seats,
-            is_ready=self._backend.is_ready() and not self._is_draining,
+            is_ready=self.is_ready(),
             units_per_s=None if pace is None else pace * self.seats,
             models=tuple(self._backend.models()),
             stats=self._backend.stats(),
         )
+
+
+def _counted(chunk: Chunk) -> int:
+    """Tokens of the answer where its server tells their number only."""
+    return 0 if chunk.usage is None else chunk.usage.completion_tokens
 
 
 def _broken(last: Chunk) -> End:

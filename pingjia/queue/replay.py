@@ -54,6 +54,8 @@ class Replay:
         return chunk
 
     def _again(self, line: _Line, chunk: Chunk) -> Chunk | None:
+        if chunk.foreign:  # it cannot be cut where the first answer stood
+            raise EngineError("the gateway that asked another server died in the middle of its answer; ask again")
         line.again_ids += chunk.token_ids
         line.again_text += chunk.text
         line.again_logprobs += chunk.logprobs
