@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pingjia.chat.tokenizer import Tokenizer, check_text
-from pingjia.errors import ModelNotFound, PromptTooLong, RequestError
+from pingjia.errors import ModelError, ModelNotFound, PromptTooLong, RequestError
 from pingjia.gateway.bodies import SamplingBody
 from pingjia.gateway.grammar import grammar_of
 from pingjia.gateway.settings import GatewaySettings
+from pingjia.gateway.tools import NO_TOOLS, Toolbox
 from pingjia.types import Message, ModelCard, Request, Sampling
 
 _INT64 = 2**63
@@ -42,7 +43,7 @@ class Ask:
 
     max_total: a limit of prompt and answer together, which the answer may use up (ChatGLM's max_length).
     prompt_field, max_field: what the client calls these, for the messages.
-    refusal: the answer, word for word, where a rule gives it and the model is not asked.
+    refusal: the answer, word for word, where a rule gives it and the model is not asked. toolbox: what it may call.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Ask:
     prompt_field: str = "messages"
     max_field: str = "max_tokens"
     refusal: str | None = None
+    toolbox: Toolbox = NO_TOOLS
 
     @property
     def num_choices(self) -> int:
@@ -129,15 +131,16 @@ def check_options(body: SamplingBody, num_prompts: int, settings: GatewaySetting
         )
 
 
-def token_ids(prompt: AskedPrompt, tokenizer: Tokenizer, field: str) -> tuple[int, ...]:
+def token_ids(prompt: AskedPrompt, tokenizer: Tokenizer, field: str, tools: Sequence[str] = ()) -> tuple[int, ...]:
     """The prompt's ids. Raises RequestError (param `field`) for one without tokens, or with impossible ones."""
     try:
-        return _token_ids(prompt, tokenizer)
-    except RequestError as e:
-        raise RequestError(str(e), param=field, code=e.code or "invalid_value") from None
+        return _token_ids(prompt, tokenizer, tools)
+    except (RequestError, ModelError) as e:  # a model without a chat template cannot be chatted with
+        code = e.code if isinstance(e, RequestError) else None
+        raise RequestError(str(e), param=field, code=code or "invalid_value") from None
 
 
-def _token_ids(prompt: AskedPrompt, tokenizer: Tokenizer) -> tuple[int, ...]:
+def _token_ids(prompt: AskedPrompt, tokenizer: Tokenizer, tools: Sequence[str]) -> tuple[int, ...]:
     if isinstance(prompt, TokenIds):
         ids = prompt.ids
         bad = next((i for i in ids if not 0 <= i < tokenizer.vocab_size), None)
@@ -148,7 +151,7 @@ def _token_ids(prompt: AskedPrompt, tokenizer: Tokenizer) -> tuple[int, ...]:
     elif isinstance(prompt, str):
         ids = tuple(tokenizer.render_text(prompt))
     else:
-        ids = tuple(tokenizer.render(prompt))
+        ids = tuple(tokenizer.render(prompt, tools=tools))
     if not ids:
         raise RequestError("prompt: empty; give at least one token", param="prompt", code="invalid_value")
     return ids

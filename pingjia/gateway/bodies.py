@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from pingjia.errors import RequestError
@@ -92,12 +92,15 @@ class TextPart(Body):
 
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="developer is system")
-    content: str | list[TextPart]
+    tool_calls: list[dict[str, Any]] | None = Field(None, description="of the assistant")
+    tool_call_id: str | None = Field(None, description="of a tool's result")
+    name: str | None = Field(None, description="of a tool; not used elsewhere")
+    content: str | list[TextPart] | None = Field(None, validate_default=True, description="null only with tool_calls")
 
     @field_validator("content", mode="before")
     @classmethod
-    def _content_is_text(cls, value: Any) -> Any:
-        if isinstance(value, str):
+    def _content_is_text(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str) or (value is None and info.data.get("tool_calls")):
             return value
         if not isinstance(value, list):
             raise PydanticCustomError("content_type", "must be a string or a list of text parts")
@@ -108,18 +111,43 @@ class ChatMessage(Body):
     @property
     def text(self) -> str:
         """The content as one string; text parts are joined as they stand."""
-        if isinstance(self.content, str):
-            return self.content
+        if isinstance(self.content, str | None):
+            return self.content or ""
         return "".join(part.text for part in self.content)
+
+
+class ToolName(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: ToolName
 
 
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
+    tools: list[dict[str, Any]] | None = Field(None, description="functions that the answer may call")
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="required, or one by its name: the answer is a call and nothing else"
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call")
     max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens; wins over it")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="needs logprobs: true")
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _choice_is_one(cls, value: Any) -> Any:
+        function = value.get("function") if isinstance(value, dict) else None
+        is_named = isinstance(function, dict) and isinstance(function.get("name"), str)
+        if value in (None, "none", "auto", "required") or (is_named and value.get("type") == "function"):
+            return value
+        raise PydanticCustomError(
+            "tool_choice_type", 'must be none, auto, required or {"type": "function", "function": {"name": "..."}}'
+        )
 
 
 class CompletionBody(SamplingBody):
@@ -191,15 +219,13 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "reasoning_effort": ("none",),
     "suffix": (),
-    "tool_choice": ("none", "auto"),
-    "tools": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
 _REFUSED_IN_STRUCTURED = ("grammar", "structural_tag")
-_REFUSED_IN_MESSAGE = ("tool_calls", "function_call", "audio")
+_REFUSED_IN_MESSAGE = ("function_call", "audio")
 
 
 def refuse(body: Body) -> None:

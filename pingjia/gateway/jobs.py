@@ -22,6 +22,7 @@ from pingjia.gateway.errors import IdempotencyConflict, JobNotFound, NotReady, d
 from pingjia.gateway.responses import ErrorBody, JobOut
 from pingjia.gateway.roads import with_seeds
 from pingjia.gateway.service import Caller, Service
+from pingjia.gateway.tools import Toolbox
 from pingjia.ledger import Fact
 from pingjia.queue.job import End, Job, JobStatus
 from pingjia.types import ModelCard, Request, Sampling, Usage
@@ -46,6 +47,8 @@ class JobRecord:
     request_id: str
     key_id: str
     digest: str  # of the body it was asked with
+    tool_names: tuple[str, ...] = ()
+    max_calls: int | None = None
 
     @property
     def request_ids(self) -> list[str]:
@@ -54,8 +57,12 @@ class JobRecord:
     @property
     def ask(self) -> Ask:
         """As much of what was asked as the answer's form needs."""
-        sampling = Sampling(logprobs=self.logprobs)
-        return Ask(self.ask_id, ModelCard(self.model, ""), ("",) * self.num_prompts, sampling, self.n)
+        sampling, toolbox = (
+            Sampling(logprobs=self.logprobs),
+            Toolbox(names=tuple(self.tool_names), at_most=self.max_calls),
+        )
+        card = ModelCard(self.model, "")
+        return Ask(self.ask_id, card, ("",) * self.num_prompts, sampling, self.n, toolbox=toolbox)
 
 
 class Jobs:
@@ -210,6 +217,8 @@ def _record(ask: Ask, kind: Kind, caller: Caller, body: bytes) -> JobRecord:
         request_id=caller.request_id,
         key_id=caller.key_id,
         digest=hashlib.sha256(body).hexdigest(),
+        tool_names=ask.toolbox.names,
+        max_calls=ask.toolbox.at_most,
     )
 
 

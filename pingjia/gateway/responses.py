@@ -49,16 +49,32 @@ class ChatLogprobs(Out):
     content: list[TokenLogprobOut]
 
 
+class CalledFunction(Out):
+    name: str
+    arguments: str
+
+
+class CallOut(Out):
+    """A call of a tool. `arguments` is the JSON text of an object."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(Out):
+    """`content` is null where the answer is nothing but calls."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    tool_calls: list[CallOut] = []
 
 
 class ChatChoice(Out):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(Out):
@@ -70,16 +86,23 @@ class ChatCompletion(Out):
     usage: UsageOut
 
 
+class CallDelta(CallOut):
+    """A call in a stream comes whole. `index` is its place among the calls of its choice."""
+
+    index: int
+
+
 class Delta(Out):
     role: Literal["assistant"] = "assistant"
     content: str = ""
+    tool_calls: list[CallDelta] = []
 
 
 class ChatChunkChoice(Out):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
 
 
 class ChatChunk(Out):

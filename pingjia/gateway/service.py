@@ -163,7 +163,7 @@ class Service:
 
     async def prompt_ids(self, ask: Ask) -> list[tuple[int, ...]]:
         """The token ids of all prompts. Raises RequestError."""
-        return [await self._ids(prompt, ask.prompt_field) for prompt in ask.prompts]
+        return [await self._ids(prompt, ask) for prompt in ask.prompts]
 
     def takes_on(self) -> bool:
         """False once the server is stopping."""
@@ -217,11 +217,12 @@ class Service:
             finally:
                 self._account(work, ending, self._shares.leave(num, entered))
 
-    async def _ids(self, prompt: AskedPrompt, field: str) -> tuple[int, ...]:
-        if _size(prompt) <= _RENDER_INLINE_CHARS:
-            return token_ids(prompt, self.tokenizer, field)
+    async def _ids(self, prompt: AskedPrompt, ask: Ask) -> tuple[int, ...]:
+        tools = ask.toolbox.listed
+        if _size(prompt) + sum(map(len, tools)) <= _RENDER_INLINE_CHARS:
+            return token_ids(prompt, self.tokenizer, ask.prompt_field, tools)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._renderer, token_ids, prompt, self.tokenizer, field)
+        return await loop.run_in_executor(self._renderer, token_ids, prompt, self.tokenizer, ask.prompt_field, tools)
 
     def _account(self, work: Work, ending: BaseException | None, share_s: float) -> None:
         ended, status, usage, caller = self.clock(), status_of(ending), work.answer.usage, work.caller
@@ -263,4 +264,4 @@ def _size(prompt: AskedPrompt) -> int:
         return 0
     if isinstance(prompt, str):
         return len(prompt)
-    return sum(len(message.content) for message in prompt)
+    return sum(len(message.text) for message in prompt)

@@ -45,8 +45,9 @@ class ByteTokenizer:
     ) -> list[int]:
         self.threads.append(threading.current_thread().name)
         time.sleep(self.render_s)
-        turns = "".join(f"{m.role}: {m.content}\n" for m in as_messages(messages))
-        return [BOS, *self.encode(turns + "assistant: " * add_generation_prompt)]
+        turns = "".join(f"{m.role}: {m.text}\n" for m in as_messages(messages))
+        listed = "".join(f"tool: {tool}\n" for tool in tools)
+        return [BOS, *self.encode(listed + turns + "assistant: " * add_generation_prompt)]
 
     def render_text(self, text: str) -> list[int]:
         check_text(text, "prompt", "prompt")

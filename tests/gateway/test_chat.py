@@ -348,7 +348,6 @@ def test_last_message_of_the_assistant_is_refused(gateway):
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": ["x"]}, "messages[0]"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
@@ -409,10 +408,3 @@ def test_image_parts_are_refused_clearly(gateway):
     assert (response.status_code, error["param"]) == (400, "messages[0].content")
     assert "image_url" in error["message"]
     assert "only text" in error["message"]
-
-
-def test_tool_calls_in_the_history_are_refused(gateway):
-    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    messages = [*USER, {"role": "assistant", "content": "", "tool_calls": [call]}, *USER]
-    response = gateway.http.post("/v1/chat/completions", json={"model": "base", "messages": messages})
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "messages[1].tool_calls")

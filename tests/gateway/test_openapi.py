@@ -130,4 +130,4 @@ def test_request_fields_are_declared_with_their_types(document):
     assert {"type": "number"} in fields["temperature"]["anyOf"]
     assert document["components"]["schemas"]["ChatBody"]["required"] == ["messages"]
     assert {"response_format", "logit_bias"} < set(fields)
-    assert "tools" not in fields
+    assert {"tools", "tool_choice"} < set(fields)
