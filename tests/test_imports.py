@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pingjia"
-BASE = {"errors", "types", "recipe", "ledger", "locate", "meter", "remote", "similarity", "language", "script"}
+BASE = {
+    "errors",
+    "types",
+    "recipe",
+    "ledger",
+    "locate",
+    "meter",
+    "remote",
+    "similarity",
+    "language",
+    "script",
+    "engine_metrics",
+}
 BASE_ALLOWED = {
     "errors": set(),
     "types": {"errors"},
@@ -22,6 +34,7 @@ BASE_ALLOWED = {
     "remote": {"errors"},
     "similarity": set(),
     "script": set(),
+    "engine_metrics": {"errors", "types"},
     "language": {"errors", "script"},
 }
 ALLOWED = {

@@ -36,7 +36,7 @@ def gateway(
 
     given: dict[str, object] = {"host": host, "port": port, "served_model_name": served_model_name}
     others, prices = split_prices(overrides or [])
-    settings, _ = settings_of(others, {**given, "redis_url": redis_url or None})
+    settings = settings_of(others, {**given, "redis_url": redis_url or None}).serve
     room.preflight(settings)
     spent = spent_by_key(settings, prices, ledger)
     check_redis(needed_url(settings.redis_url))

@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 
 from pingjia.cli import chat, cost, data, doctor, env, eval, export, gateway, keys, quantize, run, serve, train, worker
 from pingjia.cli.console import errors
+from pingjia.cli.environment import with_environment
 from pingjia.errors import UserError
 
 app = typer.Typer(
@@ -41,9 +42,9 @@ app.command("run")(run.run)
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
-app.command("serve")(serve.serve)
-app.command("gateway")(gateway.gateway)
-app.command("worker")(worker.worker)
+app.command("serve")(with_environment(serve.serve))
+app.command("gateway")(with_environment(gateway.gateway))
+app.command("worker")(with_environment(worker.worker))
 app.add_typer(keys.app, name="keys")
 app.command("chat")(chat.chat)
 app.command("export")(export.export)

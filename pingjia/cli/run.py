@@ -188,7 +188,8 @@ class Road:
         command += ["--dtype", model.dtype, "--device", model.device, "--ledger", str(ledger_path(self._recipe))]
         if model.quantization_bit is not None:
             command += ["--bits", str(model.quantization_bit)]
-        for name, section in (("serve", serve), ("engine", self._recipe.engine)):
+        sections = {"serve": serve, "engine": self._recipe.engine, "worker": self._recipe.worker}
+        for name, section in sections.items():
             given = section.model_dump(mode="json", include=section.model_fields_set - {"host", "port"})
             for key, value in given.items():
                 command += ["--set", f"{name}.{key}={json.dumps(value)}"]

@@ -17,6 +17,7 @@ from pingjia.gateway.settings import GatewaySettings
 from pingjia.models.settings import ModelSettings
 from pingjia.recipe import Section
 from pingjia.tune.settings import TuneSettings
+from pingjia.worker.settings import WorkerSettings
 
 FLAT = ("model", "data", "tune")
 
@@ -38,6 +39,7 @@ class Recipe(Section):
     eval: EvalSettings | None = None
     serve: GatewaySettings = Field(default_factory=GatewaySettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
+    worker: WorkerSettings = Field(default_factory=WorkerSettings)
     cost: CostSettings = Field(default_factory=CostSettings)
     ask: AskSettings = Field(default_factory=AskSettings)
 

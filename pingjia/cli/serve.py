@@ -16,6 +16,7 @@ from pingjia.cost.settings import CostSettings
 from pingjia.engine.settings import EngineSettings
 from pingjia.errors import UserError
 from pingjia.gateway.settings import GatewaySettings
+from pingjia.worker.settings import WorkerSettings
 
 MODEL_HELP = "Model directory, .gguf file or packaged name (smollm2)."
 ADAPTER_HELP = "Adapter directory, or NAME=DIR; may be given several times."
@@ -41,7 +42,7 @@ def serve(
     ledger: Annotated[Path | None, typer.Option(help="Append what was spent to this file.")] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="serve.KEY=VALUE, engine.KEY=VALUE or cost.KEY=VALUE, as in a recipe."),
+        typer.Option("--set", help="SECTION.KEY=VALUE of serve, engine, worker or cost, as in a recipe."),
     ] = None,
 ) -> None:
     """Serve a model, with its adapters, until SIGTERM or Ctrl-C. Answers in work are finished first.
@@ -54,12 +55,13 @@ def serve(
     if len(adapters) == 1:
         given["default_model"] = next(iter(adapters))
     others, prices = split_prices(overrides or [])
-    gateway_settings, engine_settings = settings_of(others, given)
+    sections = settings_of(others, given)
     run_server(
         model,
         adapters=adapters,
-        gateway_settings=gateway_settings,
-        engine_settings=engine_settings,
+        gateway_settings=sections.serve,
+        engine_settings=sections.engine,
+        worker_settings=sections.worker,
         cost_settings=prices,
         dtype=dtype,
         device=device,
@@ -74,6 +76,7 @@ def run_server(
     adapters: dict[str, Path],
     gateway_settings: GatewaySettings,
     engine_settings: EngineSettings,
+    worker_settings: WorkerSettings | None = None,
     cost_settings: CostSettings | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -102,7 +105,7 @@ def run_server(
         errors.print(
             f"loaded in {time.perf_counter() - started:.1f} s: {', '.join(c.id for c in engine.models())}", markup=False
         )
-        worker = Worker(engine)
+        worker = Worker(engine, worker_settings)
         worker.start()
         try:
             app = gateway.create_app(
@@ -137,15 +140,17 @@ def parse_adapters(values: list[str]) -> dict[str, Path]:
     return adapters
 
 
-def settings_of(overrides: list[str], given: dict[str, object]) -> tuple[GatewaySettings, EngineSettings]:
-    """The sections serve and engine from flags and --set; --set wins."""
+class Sections(recipes.Section):
+    """What can be set about a server and its worker."""
 
-    class Both(recipes.Section):
-        serve: GatewaySettings = GatewaySettings()
-        engine: EngineSettings = EngineSettings()
+    serve: GatewaySettings = GatewaySettings()
+    engine: EngineSettings = EngineSettings()
+    worker: WorkerSettings = WorkerSettings()
 
+
+def settings_of(overrides: list[str], given: dict[str, object]) -> Sections:
+    """The sections from flags (of serve) and --set; --set wins."""
     raw: dict[str, dict[str, object]] = {"serve": given}
     for override in overrides:
         recipes.assign(raw, *recipes.split_override(override))
-    both = recipes.build(raw, Both, flat=(), name="--set")
-    return both.serve, both.engine
+    return recipes.build(raw, Sections, flat=(), name="--set")

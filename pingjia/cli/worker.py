@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import logging
-from typing import Annotated
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pingjia.cli.console import errors
-from pingjia.cli.serve import ADAPTER_HELP, BITS_HELP, DEVICE_HELP, DTYPE_HELP, MODEL_HELP, parse_adapters, settings_of
+from pingjia.cli.serve import (
+    ADAPTER_HELP,
+    BITS_HELP,
+    DEVICE_HELP,
+    DTYPE_HELP,
+    MODEL_HELP,
+    Sections,
+    parse_adapters,
+    settings_of,
+)
+from pingjia.engine.settings import EngineSettings
 from pingjia.errors import UserError
+
+if TYPE_CHECKING:
+    from pingjia import Engine
+    from pingjia.worker.health import Health
 
 REDIS_HELP = "The queue: redis://host:port/number."
 
@@ -21,40 +37,59 @@ def worker(
     dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     bits: Annotated[int | None, typer.Option(help=BITS_HELP)] = None,
+    health_host: Annotated[str, typer.Option(help="Address of health and metrics; they need no key.")] = "127.0.0.1",
+    health_port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 0,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="serve.KEY=VALUE or engine.KEY=VALUE, as in a recipe.")
+        list[str] | None, typer.Option("--set", help="SECTION.KEY=VALUE of serve, engine or worker, as in a recipe.")
     ] = None,
 ) -> None:
     """Answer requests from the queue until SIGTERM or Ctrl-C. Answers in work are finished first.
 
-    Workers of one queue serve the same model and adapters, under the same names.
+    Workers of one queue serve the same model and adapters, under the same names. /health/live, /health/ready and
+    /metrics have a port of their own, from the start of loading on.
     """
+    from pingjia.queue.opening import check_redis
+
+    sections = settings_of(overrides or [], {"redis_url": redis_url or None})
+    check_redis(needed_url(sections.serve.redis_url))
+    adapters = parse_adapters(adapter or [])
+
+    from pingjia.worker.health import Health, served  # takes a moment: after everything that can be refused without it
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with served(health := Health(), health_host, health_port) as url:
+        errors.print(f"health at {url}/health/ready; loading {model} ...", markup=False)
+        _work(sections, health, lambda settings: _load(model, adapters, dtype, device, bits, settings))
+
+
+def _load(
+    model: str, adapters: dict[str, Path], dtype: str, device: str, bits: int | None, settings: EngineSettings
+) -> Engine:
+    from pingjia import Engine
+
+    engine = Engine(model, dtype=dtype, device=device, bits=bits, settings=settings)
+    for name, path in adapters.items():
+        engine.load_adapter(name, path)
+    return engine
+
+
+def _work(sections: Sections, health: Health, load: Callable[[EngineSettings], Engine]) -> None:
     from pingjia.gateway.roads import limits_of
-    from pingjia.queue.opening import check_redis, open_queue
-
-    gateway_settings, engine_settings = settings_of(overrides or [], {"redis_url": redis_url or None})
-    url = needed_url(gateway_settings.redis_url)
-    check_redis(url)
-
-    from pingjia import Engine  # takes seconds: after everything that can be refused without it
+    from pingjia.queue.opening import open_queue
     from pingjia.worker import Worker
     from pingjia.worker.pulling import pull
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    errors.print(f"loading {model} ...", markup=False)
-    engine = Engine(model, dtype=dtype, device=device, bits=bits, settings=engine_settings)
-    for name, path in parse_adapters(adapter or []).items():
-        engine.load_adapter(name, path)
-    backend, limits = Worker(engine), limits_of(gateway_settings)
+    backend, limits = Worker(load(sections.engine), sections.worker), limits_of(sections.serve)
     backend.start()
     try:
         pull(
             backend,
-            lambda: open_queue(url, limits),
-            seats=engine_settings.max_num_seqs,
+            lambda: open_queue(sections.serve.redis_url, limits),
+            seats=sections.engine.max_num_seqs,
             lease_s=limits.lease_s,
-            drain_s=gateway_settings.drain_s,
+            drain_s=sections.serve.drain_s,
             is_alive=backend.is_alive,
+            health=health,
             on_ready=lambda name: errors.print(f"working as {name}", markup=False),
         )
     finally:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from pingjia.gateway.metrics import PREFIX
+from pingjia.engine_metrics import PREFIX
 from pingjia.gateway.roads import Roads
 
 
@@ -26,6 +26,7 @@ class QueueCollector(Collector):
             "tenants_waiting": ("Keys with something waiting", stats.num_tenants),
             "workers": ("Workers that are heard of and ready", sum(worker.is_ready for worker in stats.workers)),
             "worker_seats": ("Answers they compute at once", sum(w.seats for w in stats.workers if w.is_ready)),
+            "oldest_seconds": ("Age of the request that waits longest", stats.oldest_s),
             "reachable": ("1 while the queue can be reached", 0 if self._roads.queued.is_lost else 1),
         }
         for name, (text, value) in gauges.items():

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pingjia.gateway.admission import Admission
+from pingjia.gateway.metrics import Metrics
 from pingjia.gateway.settings import GatewaySettings
 from pingjia.queue.backend import QueueBackend
-from pingjia.queue.job import Job, Rank
+from pingjia.queue.job import Claim, Job, Rank
 from pingjia.queue.opening import Shelf
 from pingjia.queue.policy import ArrivalRate, Limits
 from pingjia.queue.puller import Puller
@@ -59,6 +60,7 @@ class Roads:
         name = f"{secrets.token_hex(6)}"
         self.queued = QueueBackend(queue, owner=f"gateway-{name}", watch_s=min(0.5, settings.queue_lease_s / 4))
         self.queue = queue
+        self.metrics = Metrics(backend if backend is not None else self.queued)
         self.admission = Admission(settings.max_concurrent)
         self.arrivals = ArrivalRate()
         self.num_taken = {"direct": 0, "queue": 0}
@@ -67,11 +69,24 @@ class Roads:
         self._clock = clock
         beat_s = min(1.0, settings.queue_lease_s / 4)
         self._puller = (
-            Puller(queue, backend, name=f"serve-{name}", seats=seats, beat_s=beat_s, clock=clock)
+            Puller(
+                queue,
+                backend,
+                name=f"serve-{name}",
+                seats=seats,
+                beat_s=beat_s,
+                clock=clock,
+                on_claim=self._on_claim,
+            )
             if backend is not None
             else None
         )
         self._tasks: list[asyncio.Task[None]] = []
+
+    def _on_claim(self, claim: Claim) -> None:
+        models = self.known.models()
+        name = claim.job.request.adapter or (models[0].id if models else "")
+        self.metrics.on_claim(name, max(0.0, claim.job.deadline_s - claim.left_s))
 
     # ---- life
 

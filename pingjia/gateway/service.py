@@ -72,6 +72,7 @@ class Work:
     answer: Answer
     visit: Visit
     started: float
+    road: str
 
     @property
     def is_free(self) -> bool:
@@ -110,7 +111,7 @@ class Service:
         self.admission = roads.admission
         self.tokenizer = tokenizer
         self.settings = settings
-        self.metrics = Metrics(roads.known.stats)
+        self.metrics = roads.metrics
         self.metrics.registry.register(QueueCollector(roads))
         self._ledger = ledger
         self.clock = clock
@@ -158,7 +159,7 @@ class Service:
                 way = partial(self.roads.open, road, turn=Turn(caller.key_id, caller.rank, left_s))
                 async with self._source(ask, requests, caller, way) as source:
                     answer = Answer(source, requests, choices_per_prompt=ask.n, deadline=deadline, clock=self.clock)
-                    async with self._running(Work(ask, caller, source, answer, visit, started)):
+                    async with self._running(Work(ask, caller, source, answer, visit, started, road)):
                         yield answer
 
     async def prompt_ids(self, ask: Ask) -> list[tuple[int, ...]]:
@@ -232,6 +233,7 @@ class Service:
         if not work.is_free:
             self.admission.measure(ended - work.started)
         self.metrics.on_answer(work.ask.card.id, work.answer.tallies, reason, work.started, ended)
+        self.metrics.on_road("none" if work.is_free else work.road, ended - work.started)
         self.metrics.on_share(caller.key_id, share_s)
         caller.account.update(note, prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
         self.append(

@@ -20,6 +20,7 @@ _NONE_KNOWN = End("abandoned", "this request is not known (any more)", "engine")
 class _Entry:
     job: Job
     number: int  # of its arrival: its place among its tenant's
+    submitted: float
     deadline: float
     state: JobState = "waiting"
     delivery: int = 0
@@ -107,7 +108,7 @@ class MemoryQueue:
         self._gate.check(self._load(wish.tenant, wish.rank, now), wish, now)
         for job in fresh:
             self._number += 1
-            entry = self._entries[job.id] = _Entry(job, self._number, now + job.deadline_s)
+            entry = self._entries[job.id] = _Entry(job, self._number, now, now + job.deadline_s)
             self._waiting.add(entry)
         self._bell.set()
 
@@ -199,6 +200,7 @@ class MemoryQueue:
             workers=tuple(self._alive(now)),
             ended=dict(self._counts),
             num_redelivered=self._num_redelivered,
+            oldest_s=max((now - line[min(line)].submitted for line in self._waiting.lines.values()), default=0.0),
         )
 
     async def close(self) -> None:

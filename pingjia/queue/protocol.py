@@ -41,7 +41,10 @@ class WorkerCard:
 
 @dataclass(frozen=True, slots=True)
 class QueueStats:
-    """A snapshot. `ended` counts the jobs by how they ended, `num_redelivered` those taken over from dead workers."""
+    """A snapshot. `ended` counts the jobs by how they ended, `num_redelivered` those taken over from dead workers.
+
+    oldest_s: since the submission of the request that waits longest.
+    """
 
     num_waiting: int = 0
     units_waiting: int = 0
@@ -50,6 +53,7 @@ class QueueStats:
     workers: tuple[WorkerCard, ...] = ()
     ended: Mapping[str, int] = field(default_factory=dict)
     num_redelivered: int = 0
+    oldest_s: float = 0.0
 
 
 class Queue(Protocol):

@@ -4,7 +4,8 @@
 --
 -- job:ID hash · wait:RANK:TENANT sorted set (number -> ID) · fair:SCOPE sorted set of waiting flows, served:SCOPE hash of
 -- the others, left hash (SCOPE -> counter of who left last); SCOPE is "rank" or a rank · work stream and group "workers":
--- what is claimed · answer:ID stream · worker:NAME, owner:NAME, with a time to live · load, units, tenants, ended hashes
+-- what is claimed · answer:ID stream · worker:NAME, owner:NAME, with a time to live · since sorted set (submission -> ID
+-- of what waits) · load, units, tenants, ended hashes
 
 local P = KEYS[1]
 local call = redis.call
@@ -56,14 +57,14 @@ end
 -- ---- one job
 
 local FIELDS = { "tenant", "rank", "cost", "deadline", "keep", "owner", "state", "delivery", "deaths", "worker",
-  "entry", "number" }
+  "entry", "number", "submitted" }
 
 local function read(id)
   local values = call("HMGET", key("job", id), unpack(FIELDS))
   if not values[1] then return nil end
   local job = { id = id }
   for i, name in ipairs(FIELDS) do job[name] = values[i] end
-  for _, name in ipairs({ "cost", "deadline", "keep", "delivery", "deaths", "number" }) do
+  for _, name in ipairs({ "cost", "deadline", "keep", "delivery", "deaths", "number", "submitted" }) do
     job[name] = tonumber(job[name])
   end
   return job
@@ -82,6 +83,7 @@ end
 
 local function wait(job)
   call("ZADD", key("wait", job.rank, job.tenant), job.number, job.id)
+  call("ZADD", key("since"), job.submitted or now, job.id)
   join("rank", job.rank)
   join(job.rank, job.tenant)
   count(job, 1)
@@ -93,6 +95,7 @@ end
 local function unwait(job)
   local line = key("wait", job.rank, job.tenant)
   call("ZREM", line, job.id)
+  call("ZREM", key("since"), job.id)
   count(job, -1)
   if call("EXISTS", line) == 0 then
     leave(job.rank, job.tenant)
@@ -179,9 +182,9 @@ function op.submit(a)
   if waiting + #fresh > a.max_requests or units_waiting + units > a.max_units then return 0 end
   for _, job in ipairs(fresh) do
     job.number = call("INCR", key("number"))
-    job.deadline = now + job.deadline_ms
+    job.deadline, job.submitted = now + job.deadline_ms, now
     call("HSET", key("job", job.id), "tenant", job.tenant, "rank", job.rank, "cost", job.cost, "deadline", job.deadline,
-      "keep", job.keep_ms, "owner", job.owner, "delivery", 0, "deaths", 0, "number", job.number, "body", job.body)
+      "submitted", now, "keep", job.keep_ms, "owner", job.owner, "delivery", 0, "deaths", 0, "number", job.number, "body", job.body)
     wait(job)
   end
   return 1
@@ -323,9 +326,12 @@ function op.stats()
   for _, scope in ipairs({ "high", "normal", "low" }) do
     num_tenants = math.max(num_tenants, call("ZCARD", key("fair", scope)))
   end
+  local first = call("ZRANGE", key("since"), 0, 0, "WITHSCORES")
+  local oldest = first[2] and now - tonumber(first[2]) or 0
   return cjson.encode({
     tonumber(load[1] or 0), tonumber(units[1] or 0) + tonumber(units[2] or 0) + tonumber(units[3] or 0),
     tonumber(load[2] or 0), num_tenants, cards, call("HGETALL", key("ended")), tonumber(load[3] or 0),
+    oldest,
   })
 end
 

@@ -143,11 +143,11 @@ class StreamQueue:
         await self._ask(lambda: self._redis.set(key, "1", px=lease_ms), 0.0)
 
     async def stats(self) -> QueueStats:
-        waiting, units, claimed, tenants, cards, ended, redelivered = await self._step("stats", 0.0)
+        waiting, units, claimed, tenants, cards, ended, redelivered, oldest_ms = await self._step("stats", 0.0)
         self._cards = tuple(sorted((WorkerCard.load(text) for text in cards), key=lambda card: card.name))
         self._cards_at = self._clock()
         counts = dict(zip(ended[::2], map(int, ended[1::2]), strict=True)) if ended else {}
-        return QueueStats(waiting, units, claimed, tenants, self._cards, counts, redelivered)
+        return QueueStats(waiting, units, claimed, tenants, self._cards, counts, redelivered, max(0, oldest_ms) / 1000)
 
     async def close(self) -> None:
         await self._followers.close()

@@ -18,6 +18,7 @@ class Consumer:
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[Item] = asyncio.Queue()
         self.is_gone = False
+        self.has_begun = False  # its first chunk is out; known to the engine's thread alone
 
 
 def deliver(items: Iterable[tuple[Consumer, Item]]) -> list[Consumer]:

@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from pingjia.errors import EngineError, Overloaded, RequestError
 from pingjia.types import Chunk, EngineStats, ModelCard, Request
 from pingjia.worker.consumer import Consumer, deliver
 from pingjia.worker.settings import WorkerSettings
+from pingjia.worker.step_clock import StepClock
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +50,9 @@ class Worker:
         self._closed_because: str | None = "the worker has not been started"
         self._drain_until: float | None = None
         self._is_stopping = False
+        self._clock = StepClock(self._settings)
         self._busy_since: float | None = None
+        self._may_take_s = self._settings.unmeasured_s
         self._tokens_after_disconnect = 0
 
     # ---- from any thread
@@ -88,7 +91,7 @@ class Worker:
         if self._closed_because is not None or not self._thread.is_alive() or self._drain_until is not None:
             return False
         busy_since = self._busy_since
-        return busy_since is None or time.monotonic() - busy_since < self._settings.frozen_after_s
+        return busy_since is None or time.monotonic() - busy_since < self._may_take_s
 
     def is_alive(self) -> bool:
         """Whether the engine's thread runs. False after `stop`, and for good after an error in the engine itself."""
@@ -178,6 +181,7 @@ class Worker:
         """Do what came in, after waiting for something if there is nothing else to do."""
         self._busy_since = None
         commands = [] if self.engine.has_work() else [self._inbox.get()]
+        self._may_take_s = self._settings.unmeasured_s  # an adapter may be loaded
         self._busy_since = time.monotonic()
         for command in itertools.chain(commands, self._commands()):
             command.run()
@@ -198,12 +202,27 @@ class Worker:
             deliver([(consumer, e)])
 
     def _step(self) -> None:
+        started = time.monotonic()
+        self._may_take_s, self._busy_since = self._clock.limit_s(self._num_prompt()), started
         news = self.engine.step()
+        sizes = self.engine.step_tokens.values()
+        self._clock.add(max(sizes, default=0), sum(sizes), time.monotonic() - started)
+        self._pass_on(news)
+
+    def _num_prompt(self) -> int:
+        """Prompt tokens the next step may have to read: at most, because some may be cached or cut."""
+        consumers = list(self._consumers.values())
+        is_crowded = self.engine.stats().num_waiting > 0  # then one that has begun may have to be read again
+        return sum(len(c.request.prompt_ids) for c in consumers if is_crowded or not c.has_begun)
+
+    def _pass_on(self, news: Sequence[tuple[str, Chunk]]) -> None:
         for request_id, num_tokens in self.engine.step_tokens.items():
             consumer = self._consumers.get(request_id)
             if consumer is not None and consumer.is_gone:
                 self._tokens_after_disconnect += num_tokens
         items = [(self._consumers[request_id], chunk) for request_id, chunk in news if request_id in self._consumers]
+        for consumer, _ in items:
+            consumer.has_begun = True
         self._forget([consumer for consumer, chunk in items if chunk.finish_reason is not None])
         for consumer in deliver(items):
             self.engine.cancel(consumer.request.id)

@@ -24,6 +24,7 @@ from pingjia.evaluate.settings import EvalSettings
 from pingjia.gateway.settings import GatewaySettings
 from pingjia.models.settings import ModelSettings
 from pingjia.tune.settings import TuneSettings
+from pingjia.worker.settings import WorkerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -36,6 +37,7 @@ SECTIONS: dict[str, type[recipes.Section]] = {
     "eval": EvalSettings,
     "serve": GatewaySettings,
     "engine": EngineSettings,
+    "worker": WorkerSettings,
     "cost": CostSettings,
     "ask": AskSettings,
 }

@@ -260,7 +260,7 @@ async def test_a_frozen_step_makes_the_worker_not_ready_until_it_returns(
     engine: Engine, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(engine, monkeypatch)
-    worker = start(engine, frozen_after_s=0.1)
+    worker = start(engine, frozen_after_s=0.1, unmeasured_s=0.1)
     await asyncio.sleep(0.2)
     assert worker.is_ready(), "idle is not frozen"
     reader = asyncio.create_task(read(worker, ask(max_tokens=3)))
