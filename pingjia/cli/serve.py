@@ -115,6 +115,7 @@ def run_server(
                 seats=engine_settings.max_num_seqs,
                 ledger=ledger,
                 spent=spent,
+                adapters=worker,
             )
             gateway.serve(
                 app, gateway_settings, on_ready=lambda url: errors.print(f"serving at {url}/v1", markup=False)

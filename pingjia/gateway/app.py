@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from pingjia import __version__
 from pingjia.chat.tokenizer import Tokenizer
 from pingjia.errors import UserError
-from pingjia.gateway import batch_routes, cache_routes, errors, job_routes, routes
+from pingjia.gateway import adapter_routes, batch_routes, cache_routes, errors, job_routes, routes, token_routes
 from pingjia.gateway.access_log import AccessLog
 from pingjia.gateway.auth import Auth, KeyRing, load_keys
 from pingjia.gateway.batches import Batches
@@ -47,12 +47,14 @@ def create_app(
     seats: int | None = None,
     ledger: Ledger | None = None,
     spent: Callable[[str], float] | None = None,
+    adapters: adapter_routes.AdapterHost | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
     """The HTTP API over `backend`, which is started and stopped by whoever made it; None: workers behind the queue.
 
     `seats`: answers the backend computes at once, `max_concurrent` when not said; so many are claimed from the queue.
-    `spent`: id of a key -> yuan it has spent this month, without which no key may have a budget.
+    `spent`: id of a key -> yuan it has spent this month, without which no key may have a budget. `adapters`: what loads
+    and unloads adapters while the app runs; None where that is not in this process.
     `clock` (seconds) is what durations are measured with. Raises UserError for settings that cannot be obeyed: keys
     that are required and absent, a default model that is not served.
     """
@@ -74,6 +76,7 @@ def create_app(
         middleware=_middleware(service, keys),
     )
     app.state.service = service
+    app.state.adapters = adapters
     app.state.jobs = Jobs(service)
     root = state_dir(settings)
     app.state.files = FileStore(root, settings.max_file_bytes)
@@ -82,10 +85,8 @@ def create_app(
     app.include_router(routes.health_router)
     # Checks nothing (`Auth` does, before the body is read), but puts the scheme into the OpenAPI document.
     locks = [] if keys.is_open else [Depends(HTTPBearer(auto_error=False))]
-    app.include_router(routes.router, dependencies=locks)
-    app.include_router(cache_routes.router, dependencies=locks)
-    app.include_router(job_routes.router, dependencies=locks)
-    app.include_router(batch_routes.router, dependencies=locks)
+    for part in (routes, token_routes, adapter_routes, cache_routes, job_routes, batch_routes):
+        app.include_router(part.router, dependencies=locks)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -237,7 +237,7 @@ def refuse(body: Body) -> None:
     for name in _REFUSED_IN_STRUCTURED:
         if structured is not None and not _is_harmless((structured.model_extra or {}).get(name), ()):
             raise _unsupported(f"structured_outputs.{name}")
-    for i, message in enumerate(getattr(body, "messages", ())):
+    for i, message in enumerate(getattr(body, "messages", None) or ()):
         for name in _REFUSED_IN_MESSAGE:
             if not _is_harmless((message.model_extra or {}).get(name), ()):
                 raise _unsupported(f"messages[{i}].{name}")

@@ -44,7 +44,7 @@ def understand(body: ChatBody, service: Service) -> Ask:
     return Ask(
         id=f"chatcmpl-{uuid.uuid4().hex}",
         card=service.card(body.model),
-        prompts=(_conversation(body.messages),),
+        prompts=(_question(body.messages),),
         sampling=_sampling(body, service, toolbox),
         n=body.n or 1,
         max_tokens=body.max_completion_tokens if newer else body.max_tokens,
@@ -65,7 +65,7 @@ def _sampling(body: ChatBody, service: Service, toolbox: Toolbox) -> Sampling:
     return replace(sampling, grammar=toolbox.grammar) if toolbox.grammar is not None else sampling
 
 
-def _conversation(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
+def _question(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
     if messages and messages[-1].role == "assistant":
         # A template closes the assistant's turn, so the model would not continue it but answer itself.
         raise RequestError(
@@ -73,6 +73,11 @@ def _conversation(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
             param="messages",
             code="invalid_value",
         )
+    return conversation(messages)
+
+
+def conversation(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
+    """The messages of a body as everybody else knows them. Raises RequestError."""
     rows = [_row(m) for m in messages]
     try:
         return as_messages(rows)

@@ -12,6 +12,7 @@ from pingjia.gateway import chat, completions, demo
 from pingjia.gateway.ask import Ask, choose
 from pingjia.gateway.bodies import ChatBody, CompletionBody, DemoBody
 from pingjia.gateway.errors import WrongContentType
+from pingjia.gateway.guard import check_model
 from pingjia.gateway.jobs import Jobs, Kind
 from pingjia.gateway.keys import NOBODY, Key
 from pingjia.gateway.reply import stream_reply, whole_reply
@@ -73,7 +74,7 @@ router = APIRouter()
 health_router = APIRouter()
 
 
-def _service(request: Request) -> Service:
+def service_of(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
@@ -112,7 +113,7 @@ JSON_ONLY = [Depends(_json_only)]
 )
 async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Answer a conversation."""
-    service, caller = _service(request), caller_of(request)
+    service, caller = service_of(request), caller_of(request)
     ask = service.front.apply(chat.understand(body, service), body.model, caller.headers)
     if _is_asynchronous(request, body) and ask.refusal is None:  # nothing to wait for
         return await _accepted(request, ask, "chat", caller)
@@ -128,7 +129,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
 )
 async def text_completions(body: CompletionBody, request: Request) -> Response:
     """Continue raw text."""
-    service, caller = _service(request), caller_of(request)
+    service, caller = service_of(request), caller_of(request)
     ask = completions.understand(body, service)
     if _is_asynchronous(request, body):
         return await _accepted(request, ask, "completion", caller)
@@ -139,7 +140,7 @@ async def text_completions(body: CompletionBody, request: Request) -> Response:
 @router.post("/", response_model=DemoAnswer, responses=_ANSWER_ERRORS, dependencies=JSON_ONLY)
 async def chatglm_demo(body: DemoBody, request: Request) -> Response:
     """Answer in the form of ChatGLM-6B's demo server."""
-    service, caller = _service(request), caller_of(request)
+    service, caller = service_of(request), caller_of(request)
     return whole_reply(service, demo.understand(body, service), caller, demo.DemoShape(body))
 
 
@@ -147,14 +148,16 @@ async def chatglm_demo(body: DemoBody, request: Request) -> Response:
 async def list_models(request: Request) -> ModelList:
     """The base model and its adapters, as far as the key may use them."""
     key = request.scope["state"].get("key", NOBODY)
-    return ModelList(object="list", data=[_model_out(c) for c in _service(request).cards() if key.may_use(c.id)])
+    return ModelList(object="list", data=[model_out(c) for c in service_of(request).cards() if key.may_use(c.id)])
 
 
 @router.get("/v1/models/{model_id:path}", responses=errors_of(401, 404, 500))
 async def get_model(model_id: str, request: Request) -> ModelOut:
     """One of them."""
-    service = _service(request)
-    return _model_out(choose(service.cards(), model_id, service.settings))
+    service = service_of(request)
+    card = choose(service.cards(), model_id, service.settings)
+    check_model(request.scope["state"].get("key", NOBODY), card.id)
+    return model_out(card)
 
 
 @router.get("/metrics", response_class=Response, responses={
@@ -163,13 +166,13 @@ async def get_model(model_id: str, request: Request) -> ModelOut:
 })  # fmt: skip
 async def metrics(request: Request) -> Response:
     """Numbers for Prometheus."""
-    return Response(_service(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
+    return Response(service_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 @health_router.get("/health/live")
 async def live(request: Request) -> Health:
     """200 as long as the server answers at all."""
-    return _health(_service(request))
+    return _health(service_of(request))
 
 
 _NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": "no token could come out now"}}
@@ -179,7 +182,7 @@ _NOT_READY: dict[int | str, dict[str, Any]] = {503: {"model": Health, "descripti
 @health_router.get("/health/ready", responses=_NOT_READY)
 async def ready(request: Request, response: Response) -> Health:
     """200 when a token could come out now, else 503."""
-    health = _health(_service(request))
+    health = _health(service_of(request))
     response.status_code = 200 if health.status == "ok" else 503
     return health
 
@@ -194,7 +197,7 @@ def _health(service: Service) -> Health:
     )
 
 
-def _model_out(card: ModelCard) -> ModelOut:
+def model_out(card: ModelCard) -> ModelOut:
     return ModelOut(
         id=card.id,
         object="model",

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from pingjia.chat.tokenizer import Tokenizer
 from pingjia.gateway.answer import Answer, Source
@@ -35,6 +35,7 @@ from pingjia.queue.job import Rank
 from pingjia.types import ModelCard, Request, as_dict
 
 log = logging.getLogger("pingjia.gateway")
+_T = TypeVar("_T")
 
 # A tokenizer does one or two million characters a second: below this it holds the event loop for some milliseconds.
 _RENDER_INLINE_CHARS = 8_000
@@ -220,10 +221,14 @@ class Service:
 
     async def _ids(self, prompt: AskedPrompt, ask: Ask) -> tuple[int, ...]:
         tools = ask.toolbox.listed
-        if _size(prompt) + sum(map(len, tools)) <= _RENDER_INLINE_CHARS:
-            return token_ids(prompt, self.tokenizer, ask.prompt_field, tools)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._renderer, token_ids, prompt, self.tokenizer, ask.prompt_field, tools)
+        size = _size(prompt) + sum(map(len, tools))
+        return await self.in_renderer(size, lambda: token_ids(prompt, self.tokenizer, ask.prompt_field, tools))
+
+    async def in_renderer(self, num_chars: int, work: Callable[[], _T]) -> _T:
+        """What a tokenizer does with so much text: here, or in a thread of its own where it would hold up others."""
+        if num_chars <= _RENDER_INLINE_CHARS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._renderer, work)
 
     def _account(self, work: Work, ending: BaseException | None, share_s: float) -> None:
         ended, status, usage, caller = self.clock(), status_of(ending), work.answer.usage, work.caller

@@ -64,10 +64,10 @@ def toolbox_of(body: ChatBody) -> Toolbox:
         return NO_TOOLS
     if len(body.tools) > _MAX_TOOLS:
         raise RequestError(f"tools: {len(body.tools)}; at most {_MAX_TOOLS} are read", param="tools", code=_INVALID)
-    tools = _checked(body.tools)
+    tools = checked(body.tools)
     if choice == "none":
         return NO_TOOLS
-    listed = tuple(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    listed = shown(tools)
     names = tuple(tool["function"]["name"] for tool in tools)
     at_most = 1 if body.parallel_tool_calls is False else None
     if choice in (None, "auto"):
@@ -76,7 +76,8 @@ def toolbox_of(body: ChatBody) -> Toolbox:
     return Toolbox(listed, tuple(tool["function"]["name"] for tool in wanted), 1, _grammar(wanted))
 
 
-def _checked(tools: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+def checked(tools: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """The tools in their full form. Raises RequestError for one that is none, or a name that is there twice."""
     try:
         found = as_tools(tools)
     except RequestError as e:
@@ -86,6 +87,11 @@ def _checked(tools: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
     if twice is not None:
         raise RequestError(f"tools: two are called {twice[:80]!r}", param="tools", code=_INVALID)
     return found
+
+
+def shown(tools: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What the model is shown of each: its JSON text."""
+    return tuple(json.dumps(tool, ensure_ascii=False) for tool in tools)
 
 
 def _wanted(choice: Any, tools: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:

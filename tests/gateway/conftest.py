@@ -117,8 +117,11 @@ def gateway(_shared: Gateway) -> Iterator[Gateway]:
 def _starter() -> Iterator[Callable[..., Gateway]]:
     started: list[Gateway] = []
 
-    def start(ledger: Ledger | None = None, backend: Any = None, spent: Any = None, **settings: Any) -> Gateway:
-        started.append(Gateway(GatewaySettings(port=0, access_log=False, **settings), ledger, backend, spent=spent))
+    def start(
+        ledger: Ledger | None = None, backend: Any = None, spent: Any = None, adapters: Any = None, **settings: Any
+    ) -> Gateway:
+        own = GatewaySettings(port=0, access_log=False, **settings)
+        started.append(Gateway(own, ledger, backend, spent=spent, adapters=adapters))
         return started[-1]
 
     yield start

@@ -62,6 +62,9 @@ class ByteTokenizer:
     def stream(self) -> ByteDecoder:
         return ByteDecoder()
 
+    def special_text(self, token: int) -> str | None:
+        return {BOS: "<s>", EOS: "</s>"}.get(token)
+
 
 class ByteDecoder:
     def __init__(self) -> None:
