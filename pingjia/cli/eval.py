@@ -77,15 +77,16 @@ def _sides(recipe: Recipe) -> Iterator[_On]:
     """The base, then the tuned one: an adapter beside it on the same engine, or a model that takes its place."""
     output_dir = recipe.tune.output_dir
     if recipe.tune.finetuning_type == "lora":
-        engine = _engine(recipe, recipe.model.model_name_or_path, adapter=output_dir)
+        engine = recipe_engine(recipe, recipe.model.model_name_or_path, adapter=output_dir)
         yield _On(engine, None)
         yield _On(engine, engine.models()[-1].id)
         return
-    yield _On(_engine(recipe, recipe.model.model_name_or_path), None)
-    yield _On(_engine(recipe, output_dir), None)
+    yield _On(recipe_engine(recipe, recipe.model.model_name_or_path), None)
+    yield _On(recipe_engine(recipe, output_dir), None)
 
 
-def _engine(recipe: Recipe, model: str, adapter: str | None = None) -> Engine:
+def recipe_engine(recipe: Recipe, model: str, adapter: str | None = None) -> Engine:
+    """An engine for `model` as the recipe runs models."""
     from pingjia import Engine
 
     numbers = recipe.model

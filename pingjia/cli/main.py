@@ -16,7 +16,23 @@ from typing import Any, cast
 import typer
 from typer.exceptions import TyperException
 
-from pingjia.cli import chat, cost, data, doctor, env, eval, export, gateway, keys, quantize, run, serve, train, worker
+from pingjia.cli import (
+    chat,
+    cost,
+    data,
+    doctor,
+    env,
+    eval,
+    export,
+    gateway,
+    keys,
+    quality,
+    quantize,
+    run,
+    serve,
+    train,
+    worker,
+)
 from pingjia.cli.console import errors
 from pingjia.cli.environment import with_environment
 from pingjia.errors import UserError
@@ -42,6 +58,7 @@ app.command("run")(run.run)
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
+app.command("quality")(quality.quality)
 app.command("serve")(with_environment(serve.serve))
 app.command("gateway")(with_environment(gateway.gateway))
 app.command("worker")(with_environment(worker.worker))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import html
 import os
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from pingjia.evaluate.comparison import Change, Comparison
 from pingjia.evaluate.figure import draw_bars, draw_table
+from pingjia.evaluate.page import STYLE, html_table, markdown_table
 from pingjia.evaluate.report import Row, percent
 from pingjia.evaluate.store import write_whole
 
@@ -43,18 +42,18 @@ def summary_cells(comparison: Comparison) -> list[list[str]]:
 def to_markdown(comparison: Comparison) -> str:
     """Summary table, then the questions whose scores moved most (at most MARKDOWN_QUESTIONS of them)."""
     shown = sorted(comparison.pairs(), key=lambda pair: -_movement(*pair))[:MARKDOWN_QUESTIONS]
-    lines = ["# Before and after", "", _caption(comparison), "", *_md_table(HEADER, summary_cells(comparison)), ""]
+    lines = ["# Before and after", "", _caption(comparison), "", *markdown_table(HEADER, summary_cells(comparison)), ""]
     lines += [f"## Answers: {len(shown)} of {len(comparison.before.rows)} questions, largest change first", ""]
-    lines += _md_table(("question", "expected", "before", "after"), [_md_question(*pair) for pair in shown])
+    lines += markdown_table(("question", "expected", "before", "after"), [_md_question(*pair) for pair in shown])
     return "\n".join(lines) + "\n"
 
 
 def to_html(comparison: Comparison) -> str:
     """One page: the summary, then every question with both answers side by side. No script, nothing loaded."""
     return _PAGE.format(
-        style=_STYLE,
+        style=STYLE,
         caption=html.escape(_caption(comparison)),
-        summary=_html_table(HEADER, summary_cells(comparison)),
+        summary=html_table(HEADER, summary_cells(comparison)),
         count=len(comparison.before.rows),
         questions="\n".join(_html_question(i, *pair) for i, pair in enumerate(comparison.pairs(), start=1)),
     )
@@ -100,11 +99,6 @@ def _score_line(row: Row) -> str:
 # --- Markdown
 
 
-def _md_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *([_md_text(cell) for cell in row] for row in rows)]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
 def _md_question(old: Row, new: Row) -> list[str]:
     texts = [_asked(old), old.expected or "facts: " + ", ".join(old.facts), old.answer, new.answer]
     asked, expected, before, after = (_shorten(text) for text in texts)
@@ -115,20 +109,7 @@ def _shorten(text: str) -> str:
     return text if len(text) <= MARKDOWN_CHARS else text[: MARKDOWN_CHARS - 1] + "…"
 
 
-def _md_text(text: str) -> str:
-    """Text that Markdown shows as it is: no markup, no HTML, no second table cell."""
-    marked = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html.escape(text, quote=False))
-    # "://" makes a link of an answer in many viewers, and what it names was chosen by a model.
-    return re.sub(r"\s*[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+\s*", "<br>", marked.strip()).replace("://", ":<wbr>//")
-
-
 # --- HTML
-
-
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "\n".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
 
 
 def _html_question(number: int, old: Row, new: Row) -> str:
@@ -148,18 +129,6 @@ def _html_answer(title: str, text: str, scores: str) -> str:
         f"<p><small>{html.escape(scores)}</small></p></article>"
     )
 
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif; margin: 2rem auto;
-  max-width: 75rem; padding: 0 1rem; color: #1c2733; background: #fff }
-table { border-collapse: collapse } th, td { border: 1px solid #c8d0d8; padding: .25rem .6rem; text-align: left }
-th { background: #eef2f6 } small { color: #52606d; font-weight: normal }
-section { border-top: 1px solid #c8d0d8; margin-top: 1.2rem } .asked { font-weight: 600 }
-.answers { display: grid; grid-template-columns: repeat(3, 1fr); gap: 1rem }
-article { background: #f6f8fa; border-radius: 6px; padding: .2rem .8rem } h4 { margin: .4rem 0 0 }
-.asked, .text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate }
-@media (max-width: 50rem) { .answers { grid-template-columns: 1fr } }
-"""
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
