@@ -10,6 +10,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pingjia.chat.tokenizer import Tokenizer, check_text
 from pingjia.errors import ModelError, ModelNotFound, PromptTooLong, RequestError
@@ -44,6 +45,7 @@ class Ask:
     max_total: a limit of prompt and answer together, which the answer may use up (ChatGLM's max_length).
     prompt_field, max_field: what the client calls these, for the messages.
     refusal: the answer, word for word, where a rule gives it and the model is not asked. toolbox: what it may call.
+    passed: the body as the client wrote it, where another server answers.
     """
 
     id: str
@@ -57,6 +59,7 @@ class Ask:
     max_field: str = "max_tokens"
     refusal: str | None = None
     toolbox: Toolbox = NO_TOOLS
+    passed: Mapping[str, Any] | None = None
 
     @property
     def num_choices(self) -> int:
@@ -165,14 +168,15 @@ def requests_of(ask: Ask, prompts_ids: Sequence[tuple[int, ...]], settings: Gate
     requests = []
     for p, ids in enumerate(prompts_ids):
         sampling = dataclasses.replace(ask.sampling, max_tokens=_room(len(ids), ask, settings))
-        for j, seed in enumerate(_seeds(ask.sampling.seed, ask.n)):
+        for j, seed in enumerate(seeds_of(ask.sampling.seed, ask.n)):
             request_id = f"{ask.id}-{p * ask.n + j}"
             adapter = ask.card.id if ask.card.parent else None
             requests.append(Request(request_id, ids, dataclasses.replace(sampling, seed=seed), adapter))
     return tuple(requests)
 
 
-def _seeds(seed: int | None, n: int) -> list[int | None]:
+def seeds_of(seed: int | None, n: int) -> list[int | None]:
+    """The seeds of the `n` choices of one prompt."""
     if n == 1:
         return [seed]
     first = secrets.randbits(31) if seed is None else seed
@@ -180,7 +184,8 @@ def _seeds(seed: int | None, n: int) -> list[int | None]:
 
 
 def _room(num_prompt: int, ask: Ask, settings: GatewaySettings) -> int:
-    limit, name = ask.card.max_model_len or 1_000_000, "the context of the model"  # 0: the backend does not say
+    # 0: the backend does not say. The words are those that clients know such an error by.
+    limit, name = ask.card.max_model_len or 1_000_000, "this model's maximum context length"
     if ask.max_total is not None and ask.max_total < limit:
         limit, name = ask.max_total, "max_length"
     left = limit - num_prompt
