@@ -97,11 +97,13 @@ def share_of_process(
     return [(micro or [shortest], not micro) for micro in micros]
 
 
-def longest_micro(plan: BatchPlan, lengths: Sequence[int], rows_per_micro: int, start: int = 0) -> list[int]:
-    """The rows of the micro-batch with the most tokens among updates start.. of the plan."""
+def longest_micro(
+    plan: BatchPlan, lengths: Sequence[int], rows_per_micro: int, start: int = 0, num_processes: int = 1
+) -> list[int]:
+    """The rows of the micro-batch with the most tokens among updates start.. of the plan, in any process."""
     micros = (
         micro
         for _, update in plan.updates(start)
-        for micro in share_out([row for part in update for row in part], lengths, rows_per_micro)
+        for micro in share_out([row for part in update for row in part], lengths, rows_per_micro, num_processes)
     )
     return max(micros, key=lambda micro: sum(lengths[row] for row in micro), default=[])

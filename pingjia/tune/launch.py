@@ -38,6 +38,11 @@ def is_rank() -> bool:
     return RANK in os.environ and WORLD_SIZE in os.environ
 
 
+def processes_here() -> int:
+    """How many processes of the run share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def is_first() -> bool:
     """Whether this process speaks for the run."""
     return os.environ.get(RANK, "0") == "0"

@@ -29,7 +29,7 @@ from pingjia.tune.journal import StepLog, as_line, as_text, restore_log, write_l
 from pingjia.tune.ladder import Rung
 from pingjia.tune.penalty import Penalties, l2_penalty, lora_matrices
 from pingjia.tune.phases import Phase, enter, frozen_digest, require_untouched, trainable_names
-from pingjia.tune.relief import Memory, is_out_of_memory
+from pingjia.tune.relief import Memory
 from pingjia.tune.schedule import rate_factor
 from pingjia.tune.settings import TuneSettings
 from pingjia.tune.shrink import shrink_rank
@@ -115,8 +115,8 @@ def run_training(run: Run) -> bool:
     saved = ranks.from_first(partial(_read_saved, run))
     first_rung = Rung(run.settings.per_device_train_batch_size, run.settings.gradient_checkpointing)
     progress = Progress.of(saved.progress) if saved else Progress(run.settings.lora_rank, first_rung)
-    adapts_memory = run.settings.memory == "auto" and ranks.size == 1
-    memory = Memory(run.model, first_rung, run.settings) if adapts_memory else None
+    adapts_memory = run.settings.memory == "auto" and ranks.has_ladder
+    memory = Memory(run.model, first_rung, run.settings, ranks) if adapts_memory else None
     if memory:
         memory.go_to(progress.rung)
     if saved:
@@ -154,7 +154,7 @@ def try_run(run: Run) -> Trial:
     """
     trainable = trainable_names(run.model)
     rung = Rung(run.settings.per_device_train_batch_size, run.settings.gradient_checkpointing)
-    memory = Memory(run.model, rung, run.settings) if run.settings.memory == "auto" else None
+    memory = Memory(run.model, rung, run.settings, run.ranks) if run.settings.memory == "auto" else None
     work = _Phase(run, run.model, Progress(run.settings.lora_rank, rung), trainable, memory)
     work.open(None)
     return work.try_updates(2)
@@ -273,11 +273,12 @@ class _Phase:
         factor = rate_factor(step, self.phase.plan.num_steps, kind=s.lr_scheduler_type, warmup_ratio=s.warmup_ratio)
 
         def attempt() -> StepResult:
+            ranks = self.run.ranks
             return update(
-                self.run.ranks,
+                ranks,
                 self._model,
                 self._optimizer,
-                self._micro_batches(rows),
+                ranks.attempt(partial(self._micro_batches, rows)),  # frozen layers compute in it
                 rate_factor=factor,
                 max_grad_norm=s.max_grad_norm,
                 penalty=self._penalty,
@@ -312,10 +313,10 @@ class _Phase:
         before = rng_state()
 
         def attempt() -> None:
-            rung, first = self.progress.rung, self._first()
-            numbers = longest_micro(self.phase.plan, self._lengths, rung.rows_per_micro, first)
+            rung, first, ranks = self.progress.rung, self._first(), self.run.ranks
+            numbers = longest_micro(self.phase.plan, self._lengths, rung.rows_per_micro, first, ranks.size)
             if numbers:
-                rehearse_update(self.run.ranks, self._model, self._optimizer, self._batch(numbers))
+                ranks.attempt(lambda: rehearse_update(ranks, self._model, self._optimizer, self._batch(numbers)))
 
         self._with_less_if_needed(attempt)
         set_rng_state(before)
@@ -327,7 +328,7 @@ class _Phase:
             try:
                 return attempt()
             except (RuntimeError, MemoryError) as e:
-                if not is_out_of_memory(e):
+                if not self.run.ranks.is_out_of_memory(e):
                     raise
                 reason = str(e).splitlines()[0]
             if self._memory is None:
@@ -337,6 +338,7 @@ class _Phase:
                 )
             # Outside of `except`: the error holds on to everything that the failed attempt had made.
             self._optimizer.zero_grad()
+            self.run.ranks.recover(self._model)
             set_rng_state(before)
             self._step_down(self._memory, reason)
 
@@ -469,7 +471,7 @@ class _Phase:
 
 def frozen_layers(run: Run) -> FrozenLayers | None:
     """What takes rows through the layers below all that learns now; None when the first layer learns."""
-    if run.ranks.size > 1:  # their weights are gathered by the network's own forward pass, which this goes around
+    if run.ranks.is_cut:  # weights are gathered by the network's own forward pass, which this goes around
         return None
     count = num_frozen_layers(run.model)
     budget = int(run.settings.activation_cache_gb * 1e9)

@@ -7,6 +7,7 @@ import gc
 import resource
 import sys
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -18,7 +19,11 @@ from pingjia.quant.formats import FORMATS, PackedLinear
 from pingjia.quant.half import HalfLinear
 from pingjia.tune.frozen import Model, layers_of, network_of
 from pingjia.tune.ladder import HALF, INT4, INT8, Rung, next_step, path, skipped_of
+from pingjia.tune.launch import processes_here
 from pingjia.tune.settings import TuneSettings
+
+if TYPE_CHECKING:
+    from pingjia.tune.distributed import Alone
 
 OUT_OF_MEMORY = "out of memory"  # how the event begins that a step down the ladder leaves in the log
 _M_MMAP_THRESHOLD = -3  # glibc's number for it
@@ -53,30 +58,28 @@ class MemoryLimit:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
 
-    def __call__(self, *_: object) -> None:
+    def __call__(self) -> None:
         held = resident_bytes()
         if held > self.limit_bytes:
             raise MemoryLimitReached(
                 f"the process holds {held / 1e9:.2f} GB of the {self.limit_bytes / 1e9:.2f} it may use"
             )
 
-    def watch(self, layers: Iterable[torch.nn.Module]) -> None:
-        """Look before every layer, also when a layer is computed again in the backward pass."""
-        for layer in layers:
-            layer.register_forward_pre_hook(self)
 
-
-def limit_memory(model: Model, layers: Iterable[torch.nn.Module], limit_gb: float | None) -> Callable[[], None]:
-    """Hold the run to `limit_gb`, or on a CPU to what is free. Returns what to call between micro-batches."""
+def limit_memory(
+    model: Model, layers: Iterable[torch.nn.Module], limit_gb: float | None, ranks: Alone
+) -> Callable[[], None]:
+    """Hold each process to `limit_gb`, or on a CPU to its part of what is free. Returns what to call between
+    micro-batches."""
     device = model.device
     if device.type == "cpu":
-        free = int(free_bytes(device) * (1 - _LEFT_FREE))
-        limit = MemoryLimit(int(limit_gb * 1e9) if limit_gb is not None else resident_bytes() + free)
-        limit.watch(layers)
-        return limit
+        free = int(free_bytes(device) * (1 - _LEFT_FREE)) // processes_here()
+        return ranks.watch(
+            layers, MemoryLimit(int(limit_gb * 1e9) if limit_gb is not None else resident_bytes() + free)
+        )
     if limit_gb is not None:
         limit_device_memory(device, limit_gb * 1e9)
-    return lambda: None
+    return ranks.watch(layers, lambda: None) if ranks.is_cut else lambda: None
 
 
 def release_memory(device: torch.device) -> None:
@@ -105,11 +108,11 @@ def return_freed_memory() -> None:
 class Memory:
     """Which rung a run stands on, and how it gets to the next one."""
 
-    def __init__(self, model: Model, rung: Rung, settings: TuneSettings) -> None:
+    def __init__(self, model: Model, rung: Rung, settings: TuneSettings, ranks: Alone) -> None:
         self._model, self.rung = model, rung
         return_freed_memory()
-        self._refused = refusals(model)
-        self.check = limit_memory(model, layers_of(model), settings.memory_limit_gb)
+        self._refused = {**ranks.refused_rungs, **refusals(model)}
+        self.check = limit_memory(model, layers_of(model), settings.memory_limit_gb, ranks)
 
     def go_to(self, rung: Rung) -> None:
         """Stand where a checkpoint says the run stood: by the same rungs, so that the weights come out the same."""

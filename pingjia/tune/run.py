@@ -333,7 +333,7 @@ def _keep(inputs: Inputs, job: Built, hooks: Hooks) -> tuple[int, Kept | None]:
         if job.proof is None:
             return save_adapter(run.output_dir, run.model, about, job.first), None
         run.model.zero_grad(set_to_none=True)
-        check = partial(job.proof.check, model=run.model, is_whole=run.ranks.size == 1)
+        check = partial(job.proof.check, model=run.model, is_whole=not run.ranks.is_cut)
         return save_directory(run.output_dir, run.model, inputs.tokenizer, about, check), None
 
 

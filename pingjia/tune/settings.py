@@ -41,7 +41,7 @@ class PhaseSettings(Section):
 class DistributedSettings(Section):
     """One run in several processes, on this machine or on several. The recipe's updates stay what they are."""
 
-    strategy: Literal["none", "fsdp2", "zero3"] = "none"  # how the network is shared out among the processes
+    strategy: Literal["none", "ddp", "fsdp2", "zero3"] = "none"  # how processes share the network
     processes: int = Field(1, ge=1)  # on this machine
     hostfile: str | None = None  # several machines: lines of `host slots=4`; wins over processes and master_addr
     node_rank: int = Field(0, ge=0)  # which line of the hostfile this machine is

@@ -23,6 +23,7 @@ from pingjia.tune.distributed import ALONE, Alone
 from pingjia.tune.frozen import Entering, passed_by
 from pingjia.tune.guards import require_graph
 from pingjia.tune.precision import Precision
+from pingjia.tune.products import fast_products
 from pingjia.types import Encoded
 
 
@@ -123,6 +124,7 @@ def summed_loss(model: Any, batch: MicroBatch, *, weighted: bool = True) -> torc
     return losses_1K[0] @ batch.weight_K
 
 
+@fast_products()
 def update(
     ranks: Alone,
     model: torch.nn.Module,
@@ -149,7 +151,9 @@ def update(
     num_tokens, num_learnt = int(tokens), int(learnt)
     first_scale = ranks.precision.scale
     while True:
-        total, l2 = _gradients(ranks, model, optimizer, batches, num_learnt, penalty, before_each)
+        total, l2 = ranks.attempt(
+            partial(_gradients, ranks, model, optimizer, batches, num_learnt, penalty, before_each)
+        )
         norm = ranks.clip_grad_norm_(optimizer, max_grad_norm)
         (total,) = ranks.total(total)
         if math.isfinite(total) and math.isfinite(norm):
@@ -205,6 +209,7 @@ def _overflow_event(precision: Precision, first_scale: float | None) -> str | No
     )
 
 
+@fast_products()
 def rehearse_update(ranks: Alone, model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: MicroBatch) -> None:
     """Use the memory that an update on `batch` uses, and change nothing: weights, optimizer and gradients stay.
 
@@ -233,6 +238,7 @@ def _diverged(
 
 
 @torch.no_grad()
+@fast_products()
 def mean_loss(model: torch.nn.Module, batches: Sequence[MicroBatch], ranks: Alone = ALONE) -> float:
     """Mean cross-entropy (nats per learnt token) without dropout and row weights; the training mode is put back."""
     was_training = model.training

@@ -44,6 +44,9 @@ def deepspeed_config(settings: TuneSettings) -> dict[str, Any]:
 class Zero3(Together):
     """DeepSpeed's ZeRO stage 3, built by accelerate: weights, gradients and optimizer are all shared out."""
 
+    is_cut = True
+    has_ladder = False
+
     def __init__(self, device: torch.device, config: Mapping[str, Any]) -> None:
         super().__init__(device)
         self._config = dict(config)

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,33 @@ def tune(tmp_path: Path, tiny_llama: Path, rows_file: Path) -> Train:
         )
 
     return run
+
+
+# ---- several processes
+
+
+@pytest.fixture(scope="session")
+def fork_ranks() -> Iterator[Callable[[dict[str, Any], int], list[list[Any]]]]:
+    """fork_ranks(job, count): train in so many processes by rank_server.py; [exit code, what was said] of each."""
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("rank_server.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+    def run(job: dict[str, Any], count: int) -> list[list[Any]]:
+        assert server.stdin
+        assert server.stdout
+        server.stdin.write(json.dumps({"job": job, "count": count}) + "\n")
+        server.stdin.flush()
+        answer: list[list[Any]] = json.loads(server.stdout.readline())
+        return answer
+
+    yield run
+    server.stdin.close()  # type: ignore[union-attr]
+    server.wait(20)
 
 
 # ---- ChatGLM in small

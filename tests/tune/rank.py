@@ -1,7 +1,10 @@
-"""Not a test: one process of a run, started by test_distributed.py through `launch`.
+"""Not a test: one process of a run, started by `launch` or forked by rank_server.py.
 
-usage: rank.py JSON, with the keys model, data, tune (settings), and optionally kill_at: the process `kill_rank` ends by
-SIGKILL after that update.
+usage: rank.py JSON, with the keys model, data, tune (settings), and optionally
+- holdings: a file for what each process holds
+- kill_at: the process `kill_rank` ends by SIGKILL after that update
+- out_of_memory: {"rank": 1, "at": {"37": 2}, "in": "forward"}: that process has no memory left twice after update 37,
+  in the middle of a layer
 """
 
 from __future__ import annotations
@@ -10,12 +13,13 @@ import json
 import os
 import signal
 import sys
+from typing import Any
 
 import torch
 
 from pingjia.data.settings import DataSettings
 from pingjia.models.settings import ModelSettings
-from pingjia.tune import Hooks, loop, train
+from pingjia.tune import Hooks, loop, relief, train
 from pingjia.tune.launch import die_with_launcher
 from pingjia.tune.settings import TuneSettings
 
@@ -36,11 +40,54 @@ def die_after(step: int) -> None:
     loop.update = update
 
 
-def main() -> None:
-    job = json.loads(sys.argv[1])
-    die_with_launcher()
-    if "kill_at" in job and job["kill_rank"] == int(os.environ["RANK"]):
+class OutOfMemory:
+    """Raises in the middle of a layer, in the last micro-batch of chosen updates, as often as told."""
+
+    def __init__(self, at: dict[str, int], where: str) -> None:
+        self.at, self.where = {int(step): count for step, count in at.items()}, where
+        self.step, self.batches_left, self.is_open = 0, 0, False
+        real_layers, real_update = relief.layers_of, loop.update
+
+        def update(*args: Any, **kwargs: Any) -> object:
+            self.batches_left, self.is_open = len(args[3]), True
+            try:
+                result = real_update(*args, **kwargs)
+            finally:
+                self.is_open = False
+            self.step += 1
+            return result
+
+        def layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
+            layers = real_layers(model)
+            layers[1].mlp.register_forward_hook(self.maybe)
+            return layers
+
+        loop.update, relief.layers_of = update, layers_of
+
+    def maybe(self, module: torch.nn.Module, args: object, output: torch.Tensor) -> None:
+        if not self.is_open:
+            return
+        self.batches_left -= 1
+        if self.batches_left > 0 or not self.at.get(self.step):
+            return
+        if self.where == "backward":
+            output.register_hook(self.fail)
+        else:
+            self.fail()
+
+    def fail(self, grad: object = None) -> None:
+        if self.at.get(self.step):
+            self.at[self.step] -= 1
+            raise torch.OutOfMemoryError(f"injected after update {self.step}")
+
+
+def run(job: dict[str, Any]) -> None:
+    rank = int(os.environ["RANK"])
+    if "kill_at" in job and job["kill_rank"] == rank:
         die_after(job["kill_at"])
+    oom = job.get("out_of_memory")
+    if oom and oom["rank"] == rank:
+        OutOfMemory(oom["at"], oom.get("in", "forward"))
     holdings: list = []
     train(
         ModelSettings(**job["model"]),
@@ -48,9 +95,11 @@ def main() -> None:
         TuneSettings(**job["tune"]),
         hooks=Hooks(on_shared_out=holdings.extend),
     )
-    if os.environ["RANK"] == "0" and "holdings" in job:
+    if rank == 0 and "holdings" in job:
         with open(job["holdings"], "w", encoding="utf-8") as file:
             json.dump([[h.rank, h.num_parameters, h.num_all] for h in holdings], file)
 
 
-main()
+if __name__ == "__main__":
+    die_with_launcher()
+    run(json.loads(sys.argv[1]))

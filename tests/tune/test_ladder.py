@@ -20,6 +20,7 @@ from pingjia.quant.formats import Int4Linear, Int8Linear
 from pingjia.quant.half import HalfLinear
 from pingjia.tune import Hooks, relief
 from pingjia.tune.checkpoint import checkpoints
+from pingjia.tune.distributed import ALONE
 from pingjia.tune.frozen import layers_of
 from pingjia.tune.journal import read_log
 from pingjia.tune.ladder import HALF, INT4, INT8, Rung, next_step, path, skipped_of
@@ -96,7 +97,7 @@ def test_the_limit_is_held_before_every_layer(monkeypatch: pytest.MonkeyPatch) -
     held = [900, 1000, 1001]
     monkeypatch.setattr(relief, "resident_bytes", lambda: held.pop(0))
     layers = [torch.nn.Linear(2, 2) for _ in range(3)]
-    MemoryLimit(1000).watch(layers)
+    ALONE.watch(layers, MemoryLimit(1000))
     layers[0](torch.ones(2))
     layers[1](torch.ones(2))
     with pytest.raises(MemoryLimitReached, match=r"the process holds 0\.00 GB of the 0\.00 it may use"):
@@ -134,7 +135,7 @@ def test_the_base_in_fewer_bits(adapted: Callable[..., Any]) -> None:
     floats = weights_of(model)
     assert len(floats) == 21
     assert not any("lora" in name or "lm_head" in name for name in floats)
-    memory = Memory(model, Rung(1, checkpointing=True), TuneSettings(output_dir="-"))
+    memory = Memory(model, Rung(1, checkpointing=True), TuneSettings(output_dir="-"), ALONE)
     for kind, worst in ((HalfLinear, 0.005), (Int8Linear, 0.02), (Int4Linear, 0.3)):
         memory.step_down(1, "full")
         assert all(type(module) is kind for _, module in base_linears(model))
