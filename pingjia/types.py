@@ -331,6 +331,15 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Likelihood:
+    """How likely a given answer is: sum of ln p over its `num_tokens`. `is_greedy`: each is the likeliest token."""
+
+    logprob: float
+    num_tokens: int
+    is_greedy: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCard:
     """What `/v1/models` says of a served name. `parent` is the base an adapter stands on.
 
@@ -395,3 +404,18 @@ class Backend(Protocol):
 def as_dict(value: Any) -> dict[str, Any]:
     """A dataclass as a JSON-ready dict without its empty fields."""
     return {k: v for k, v in dataclasses.asdict(value).items() if v not in (None, (), "")}
+
+
+class Scorer(Protocol):
+    """Anything that says how likely given answers are. An HTTP endpoint does not."""
+
+    def likelihoods(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        *,
+        with_end: bool = True,
+        on_done: Callable[[int, Likelihood], None] | None = None,
+    ) -> list[Likelihood]:
+        """Of each answer to its prompt, in order. `with_end`: the token that ends an answer counts too."""
+        ...

@@ -14,7 +14,7 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -32,6 +32,7 @@ from pingjia.engine.draft import Drafter, agreed
 from pingjia.engine.driver import Box, Driver, News
 from pingjia.engine.grammar import DeadEnd, Grammars
 from pingjia.engine.kv import LayerShape, free_bytes
+from pingjia.engine.likelihood import as_ids, likelihood_of
 from pingjia.engine.limits import Limits, resolve
 from pingjia.engine.pages import PageAllocator
 from pingjia.engine.prompts import Prompts, as_requests
@@ -43,7 +44,7 @@ from pingjia.engine.served import AdapterLimits, Base, Served
 from pingjia.engine.settings import EngineSettings
 from pingjia.errors import ModelError, PromptTooLong, RequestError
 from pingjia.models import Family, family_of, load_model, max_model_len, use_packed_attention
-from pingjia.types import Chunk, Completion, EngineStats, ModelCard, Prompt, Request, Sampling, Usage
+from pingjia.types import Chunk, Completion, EngineStats, Likelihood, ModelCard, Prompt, Request, Sampling, Usage
 
 _log = logging.getLogger(__name__)
 # Guesses fill a step up to so many rows, in which reading the weights still takes most of the time; with more answers
@@ -203,6 +204,46 @@ class Engine:
         requests = self._requests([prompt], sampling, adapter)
         for request_id, chunk in self._follow(requests):
             yield _placed(request_id, chunk, requests)
+
+    def likelihoods(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        *,
+        with_end: bool = True,
+        on_done: Callable[[int, Likelihood], None] | None = None,
+        adapter: str | Default | None = Default.ADAPTER,
+    ) -> list[Likelihood]:
+        """How likely each answer is after its prompt (pingjia.types.Scorer); requests that run wait for each of them.
+
+        Raises RequestError for one that is empty or does not fit.
+        """
+        found: list[Likelihood] = []
+        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            ids = as_ids(prompt, answer, self.tokenizer, with_end=with_end)
+            found.append(self._likelihood(*ids, self.default_adapter if isinstance(adapter, Default) else adapter))
+            if on_done is not None:
+                on_done(number, found[-1])
+        return found
+
+    def _likelihood(self, prompt_ids: list[int], answer_ids: list[int], adapter: str | None) -> Likelihood:
+        num_pages = -(-(len(prompt_ids) + len(answer_ids)) // self._page_size)
+        with self._lock:
+            asked = Request("likelihood", tuple(prompt_ids), Sampling(max_tokens=len(answer_ids)), adapter)
+            digest = self._check(asked)
+            if num_pages > self._pages.num_free:
+                raise RequestError(
+                    f"{len(prompt_ids) + len(answer_ids)} tokens do not fit beside the requests that run; "
+                    "ask when the engine is idle, or raise engine.kv_cache_tokens",
+                    param="answers",
+                )
+            pages = self._pages.allocate(num_pages)
+            try:
+                prefix_len = self._prefix_len(asked.prompt_ids)
+                tokens = sequences.Sequence("", 0, prompt_ids, prefix_len=prefix_len, adapter=digest, pages=pages)
+                return likelihood_of(self._runner, tokens, answer_ids)
+            finally:
+                self._pages.release(pages)
 
     # ---- answering in an event loop
 
