@@ -38,7 +38,12 @@ def is_loopback(host: str) -> bool:
 
 def retry_after_s(response: httpx.Response) -> float | None:
     """Retry-After as seconds from now; it may also be a date. None when absent or not understood."""
-    value = response.headers.get("retry-after", "").strip()
+    return seconds_to_wait(response.headers.get("retry-after", ""))
+
+
+def seconds_to_wait(value: str) -> float | None:
+    """The same of the header's value."""
+    value = value.strip()
     try:
         seconds = float(value)
     except ValueError:

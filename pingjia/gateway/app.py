@@ -17,13 +17,23 @@ from starlette.middleware.cors import CORSMiddleware
 from pingjia import __version__
 from pingjia.chat.tokenizer import Tokenizer
 from pingjia.errors import UserError
-from pingjia.gateway import adapter_routes, batch_routes, cache_routes, errors, job_routes, routes, token_routes
+from pingjia.gateway import (
+    adapter_routes,
+    batch_routes,
+    cache_routes,
+    errors,
+    job_routes,
+    routes,
+    token_routes,
+    upstream_routes,
+)
 from pingjia.gateway.access_log import AccessLog
 from pingjia.gateway.auth import Auth, KeyRing, load_keys
 from pingjia.gateway.batches import Batches
 from pingjia.gateway.body_limit import BodyLimit
 from pingjia.gateway.files import FileStore, state_dir
 from pingjia.gateway.jobs import Jobs
+from pingjia.gateway.no_tokenizer import NoTokenizer
 from pingjia.gateway.request_id import RequestId
 from pingjia.gateway.response_headers import ResponseHeaders
 from pingjia.gateway.roads import Roads, limits_of
@@ -41,7 +51,7 @@ _EXPOSED = ["x-request-id", "retry-after", "x-cache", "age", "x-language", *_LIM
 
 def create_app(
     backend: Backend | None,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     settings: GatewaySettings,
     *,
     seats: int | None = None,
@@ -52,6 +62,7 @@ def create_app(
 ) -> FastAPI:
     """The HTTP API over `backend`, which is started and stopped by whoever made it; None: workers behind the queue.
 
+    `tokenizer` is None where other servers answer, and only there.
     `seats`: answers the backend computes at once, `max_concurrent` when not said; so many are claimed from the queue.
     `spent`: id of a key -> yuan it has spent this month, without which no key may have a budget. `adapters`: what loads
     and unloads adapters while the app runs; None where that is not in this process.
@@ -63,8 +74,8 @@ def create_app(
         _refuse_budgets(keys)
     queue = open_queue(settings.redis_url, limits_of(settings))
     roads = Roads(backend, queue, settings, seats=seats or settings.max_concurrent, clock=clock)
-    service = Service(roads, tokenizer, settings, ledger=ledger, clock=clock, spent=spent)
-    if backend is not None:
+    service = Service(roads, tokenizer or NoTokenizer(), settings, ledger=ledger, clock=clock, spent=spent)
+    if backend is not None and service.upstream is None:
         _check_default(service)
     app = FastAPI(
         title="pingjia",
@@ -85,6 +96,8 @@ def create_app(
     app.include_router(routes.health_router)
     # Checks nothing (`Auth` does, before the body is read), but puts the scheme into the OpenAPI document.
     locks = [] if keys.is_open else [Depends(HTTPBearer(auto_error=False))]
+    chats = routes.chat_router if service.upstream is None else upstream_routes.router
+    app.include_router(chats, dependencies=locks)
     for part in (routes, token_routes, adapter_routes, cache_routes, job_routes, batch_routes):
         app.include_router(part.router, dependencies=locks)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -131,12 +144,16 @@ def _streamed(settings: GatewaySettings) -> dict[str, int]:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     service: Service = app.state.service
+    if service.upstream is not None:
+        await service.upstream.start()
     await service.roads.start()
     await app.state.batches.start()
     yield
     await app.state.batches.close()
     await app.state.jobs.close()
     await service.roads.stop()
+    if service.upstream is not None:
+        await service.upstream.stop()
     await service.guard.close()
     await service.cache.close()
     service.close()

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from pingjia.errors import Overloaded, RequestError
 from pingjia.gateway import chat, completions
-from pingjia.gateway.bodies import ChatBody, CompletionBody
+from pingjia.gateway.bodies import CompletionBody
 from pingjia.gateway.errors import AnswerCancelled, JobNotFound, NotReady, QuotaExceeded, RateLimited, describe
 from pingjia.gateway.files import FileStore, write_whole
 from pingjia.gateway.keys import Key
@@ -314,7 +314,7 @@ class _Run:
         service = self._service
         try:
             if self._batch.endpoint == ENDPOINTS[0]:
-                body = _unstreamed(ChatBody.model_validate(raw))
+                body = _unstreamed(service.chat_body.model_validate(raw))
                 ask = service.front.apply(chat.understand(body, service), body.model, caller.headers)
                 shape: Any = chat.ChatShape(ask, service.tokenizer, include_usage=False)
             else:

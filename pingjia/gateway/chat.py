@@ -24,17 +24,23 @@ from pingjia.gateway.responses import (
     ChatCompletion,
     ChatLogprobs,
     Delta,
+    Out,
     TokenLogprobOut,
     TopLogprob,
     UsageOut,
 )
 from pingjia.gateway.service import Service
 from pingjia.gateway.tools import CallReader, Toolbox, toolbox_of
+from pingjia.gateway.upstream_body import PassedChatBody, chat_ask
+from pingjia.gateway.upstream_merge import merged_chat
+from pingjia.gateway.upstream_shape import with_foreign, with_foreign_piece
 from pingjia.types import Chunk, Completion, Message, Sampling, TokenLogprob, ToolCall, Usage
 
 
-def understand(body: ChatBody, service: Service) -> Ask:
+def understand(body: ChatBody | PassedChatBody, service: Service) -> Ask:
     """The body as an Ask. Raises RequestError naming the field."""
+    if isinstance(body, PassedChatBody):
+        return chat_ask(body, service.card, service.settings)
     refuse(body)
     check_options(body, 1, service.settings)
     if body.top_logprobs is not None and not body.logprobs:
@@ -106,8 +112,8 @@ class ChatShape:
         self._readers = {i: LogprobReader(tokenizer) for i in readers}
         self._calls = {i: CallReader(ask.toolbox) for i in range(ask.num_choices)} if ask.toolbox.names else {}
 
-    def whole(self, completions: Sequence[Completion], usage: Usage) -> ChatCompletion:
-        return ChatCompletion(
+    def whole(self, completions: Sequence[Completion], usage: Usage) -> Out:
+        answer = ChatCompletion(
             id=self._ask.id,
             object="chat.completion",
             created=self._created,
@@ -115,11 +121,14 @@ class ChatShape:
             choices=[self._choice(i, c) for i, c in enumerate(completions)],
             usage=UsageOut.of(usage),
         )
+        return with_foreign(answer, completions, merged_chat)
 
     def opening(self, index: int) -> ChatChunk:
         return self._chunk(index, Delta(role="assistant", content=""), None, None)
 
-    def piece(self, index: int, chunk: Chunk) -> ChatChunk | None:
+    def piece(self, index: int, chunk: Chunk) -> Out | None:
+        if chunk.foreign:
+            return with_foreign_piece(self._chunk(index, Delta(), None, chunk.finish_reason), chunk.foreign)
         if index in self._calls:
             return self._piece_with_calls(index, chunk)
         if not chunk.text and not chunk.logprobs and chunk.finish_reason is None:

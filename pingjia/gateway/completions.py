@@ -11,15 +11,20 @@ from pingjia.chat.tokenizer import Tokenizer
 from pingjia.gateway.ask import Ask, AskedPrompt, TokenIds, check_options, sampling_of
 from pingjia.gateway.bodies import CompletionBody, refuse
 from pingjia.gateway.logprobs import LogprobReader
-from pingjia.gateway.responses import CompletionChoice, CompletionLogprobs, TextCompletion, UsageOut
+from pingjia.gateway.responses import CompletionChoice, CompletionLogprobs, Out, TextCompletion, UsageOut
 from pingjia.gateway.service import Service
+from pingjia.gateway.upstream_body import completion_ask
+from pingjia.gateway.upstream_merge import merged_text
+from pingjia.gateway.upstream_shape import with_foreign, with_foreign_piece
 from pingjia.types import Chunk, Completion, TokenLogprob, Usage
 
 
 def understand(body: CompletionBody, service: Service) -> Ask:
     """The body as an Ask. Raises RequestError naming the field."""
-    refuse(body)
     prompts = _prompts(body.prompt)
+    if service.upstream is not None:
+        return completion_ask(body, prompts, service.card, service.settings)
+    refuse(body)
     check_options(body, len(prompts), service.settings)
     return Ask(
         id=f"cmpl-{uuid.uuid4().hex}",
@@ -55,14 +60,17 @@ class CompletionShape:
         self._readers = {i: LogprobReader(tokenizer) for i in readers}
         self._offsets = [0] * ask.num_choices
 
-    def whole(self, completions: Sequence[Completion], usage: Usage) -> TextCompletion:
+    def whole(self, completions: Sequence[Completion], usage: Usage) -> Out:
         choices = [self._choice(i, c.text, c.logprobs, c.finish_reason) for i, c in enumerate(completions)]
-        return self._event(choices=choices, usage=UsageOut.of(usage))
+        return with_foreign(self._event(choices=choices, usage=UsageOut.of(usage)), completions, merged_text)
 
     def opening(self, index: int) -> None:
         return None
 
-    def piece(self, index: int, chunk: Chunk) -> TextCompletion | None:
+    def piece(self, index: int, chunk: Chunk) -> Out | None:
+        if chunk.foreign:
+            event = self._event(choices=[self._choice(index, "", (), chunk.finish_reason)], **self._usage_field)
+            return with_foreign_piece(event, chunk.foreign)
         if not chunk.text and not chunk.logprobs and chunk.finish_reason is None:
             return None
         choice = self._choice(index, chunk.text, chunk.logprobs, chunk.finish_reason)

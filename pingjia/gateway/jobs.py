@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pingjia.gateway import chat, completions
 from pingjia.gateway.answer import Answer
-from pingjia.gateway.ask import Ask, requests_of
+from pingjia.gateway.ask import Ask
 from pingjia.gateway.errors import IdempotencyConflict, JobNotFound, NotReady, describe, status_of
 from pingjia.gateway.responses import ErrorBody, JobOut
 from pingjia.gateway.roads import with_seeds
@@ -119,7 +119,7 @@ class Jobs:
     async def _submit(self, ask: Ask, caller: Caller) -> None:
         service = self._service
         async with service.guard.visit(caller.key, ask.card.id, ask.num_choices, caller.headers) as visit:
-            requests = requests_of(ask, await service.prompt_ids(ask), service.settings)
+            requests = await service.requests(ask)
             await service.guard.reserve(visit, requests)
             await self._queue.submit([self._job(request, caller) for request in with_seeds(requests)])
             visit.num_used = visit.num_reserved  # how many it takes will be known when its minute is over

@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pingjia.errors import RequestError
 from pingjia.gateway import chat, completions, demo
 from pingjia.gateway.ask import Ask, choose
-from pingjia.gateway.bodies import ChatBody, CompletionBody, DemoBody
+from pingjia.gateway.bodies import ChatBody, CompletionBody, DemoBody, SamplingBody
 from pingjia.gateway.errors import WrongContentType
 from pingjia.gateway.guard import check_model
 from pingjia.gateway.jobs import Jobs, Kind
@@ -28,6 +28,7 @@ from pingjia.gateway.responses import (
     TextCompletion,
 )
 from pingjia.gateway.service import Caller, Service
+from pingjia.gateway.upstream_body import PassedChatBody
 from pingjia.queue.job import Rank
 from pingjia.types import ModelCard
 
@@ -57,7 +58,7 @@ def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {**declared, "default": {"model": ErrorEnvelope, "description": "any other error"}}
 
 
-def _events(schema: type) -> dict[int | str, dict[str, Any]]:
+def events_of(schema: type) -> dict[int | str, dict[str, Any]]:
     about = f"with stream: true; every event is one {schema.__name__}, the last one is [DONE]"
     ref = {"$ref": f"#/components/schemas/{schema.__name__}"}
     return {200: {"description": "the answer", "content": {"text/event-stream": {"schema": ref, "x-events": about}}}}
@@ -66,11 +67,13 @@ def _events(schema: type) -> dict[int | str, dict[str, Any]]:
 STREAMED = (ChatChunk,)
 """Models that only events have, so that FastAPI does not find them by itself."""
 
-_ANSWER_ERRORS = errors_of(*(status for status in _REASONS if status not in (403, 507)))
-_ACCEPTED: dict[int | str, dict[str, Any]] = {
+ANSWER_ERRORS = errors_of(*(status for status in _REASONS if status not in (403, 507)))
+ACCEPTED: dict[int | str, dict[str, Any]] = {
     202: {"model": JobOut, "description": "with the header Prefer: respond-async; Location has the job"}
 }
 router = APIRouter()
+chat_router = APIRouter()
+"""Where other servers answer, `upstream_routes.py` has another."""
 health_router = APIRouter()
 
 
@@ -105,14 +108,19 @@ async def _json_only(request: Request) -> None:
 JSON_ONLY = [Depends(_json_only)]
 
 
-@router.post(
+@chat_router.post(
     "/v1/chat/completions",
     response_model=ChatCompletion,
-    responses={**_events(ChatChunk), **_ACCEPTED, **_ANSWER_ERRORS},
+    responses={**events_of(ChatChunk), **ACCEPTED, **ANSWER_ERRORS},
     dependencies=JSON_ONLY,
 )
 async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Answer a conversation."""
+    return await answer_chat(body, request)
+
+
+async def answer_chat(body: ChatBody | PassedChatBody, request: Request) -> Response:
+    """A conversation's answer, whole, as events, or later."""
     service, caller = service_of(request), caller_of(request)
     ask = service.front.apply(chat.understand(body, service), body.model, caller.headers)
     if _is_asynchronous(request, body) and ask.refusal is None:  # nothing to wait for
@@ -124,7 +132,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
 @router.post(
     "/v1/completions",
     response_model=TextCompletion,
-    responses={**_events(TextCompletion), **_ACCEPTED, **_ANSWER_ERRORS},
+    responses={**events_of(TextCompletion), **ACCEPTED, **ANSWER_ERRORS},
     dependencies=JSON_ONLY,
 )
 async def text_completions(body: CompletionBody, request: Request) -> Response:
@@ -137,7 +145,7 @@ async def text_completions(body: CompletionBody, request: Request) -> Response:
     return (stream_reply if body.stream else whole_reply)(service, ask, caller, shape)
 
 
-@router.post("/", response_model=DemoAnswer, responses=_ANSWER_ERRORS, dependencies=JSON_ONLY)
+@router.post("/", response_model=DemoAnswer, responses=ANSWER_ERRORS, dependencies=JSON_ONLY)
 async def chatglm_demo(body: DemoBody, request: Request) -> Response:
     """Answer in the form of ChatGLM-6B's demo server."""
     service, caller = service_of(request), caller_of(request)
@@ -209,7 +217,7 @@ def model_out(card: ModelCard) -> ModelOut:
     )
 
 
-def _is_asynchronous(request: Request, body: ChatBody | CompletionBody) -> bool:
+def _is_asynchronous(request: Request, body: SamplingBody) -> bool:
     wishes = {wish.strip().lower() for wish in request.headers.get("prefer", "").split(",")}
     if "respond-async" not in wishes:
         return False
@@ -227,5 +235,5 @@ async def _accepted(request: Request, ask: Ask, kind: Kind, caller: Caller) -> R
     return Response(job.dump(), status_code=202, media_type="application/json", headers=headers)
 
 
-def _wants_usage(body: ChatBody | CompletionBody) -> bool:
+def _wants_usage(body: SamplingBody) -> bool:
     return bool(body.stream_options and body.stream_options.include_usage)

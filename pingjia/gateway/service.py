@@ -18,18 +18,20 @@ from typing import Any, TypeVar
 from pingjia.chat.tokenizer import Tokenizer
 from pingjia.gateway.answer import Answer, Source
 from pingjia.gateway.ask import Ask, AskedPrompt, TokenIds, choose, requests_of, served, token_ids
+from pingjia.gateway.bodies import ChatBody
 from pingjia.gateway.cache import CachedAnswers, Question, ResultCache, Road, Wish
 from pingjia.gateway.errors import CLIENT_CLOSED, AnswerCancelled, NotReady, status_of
 from pingjia.gateway.guard import Guard, Spent, Visit
 from pingjia.gateway.in_work import Places
 from pingjia.gateway.keys import NOBODY, Key
 from pingjia.gateway.language import LanguageFront, Refusal
-from pingjia.gateway.metrics import Metrics
 from pingjia.gateway.queue_metrics import QueueCollector
 from pingjia.gateway.rate_limits import RateLimits
 from pingjia.gateway.roads import Roads, Turn
 from pingjia.gateway.settings import GatewaySettings
 from pingjia.gateway.shares import Shares
+from pingjia.gateway.upstream import Upstream
+from pingjia.gateway.upstream_body import PassedChatBody
 from pingjia.ledger import Fact, Ledger
 from pingjia.queue.job import Rank
 from pingjia.types import ModelCard, Request, as_dict
@@ -109,6 +111,7 @@ class Service:
     ) -> None:
         self.roads = roads
         self.backend = roads.known
+        self.upstream = self.backend if isinstance(self.backend, Upstream) else None
         self.admission = roads.admission
         self.tokenizer = tokenizer
         self.settings = settings
@@ -125,6 +128,11 @@ class Service:
         self._answers: set[Answer] = set()
         self._draining = False
         self._renderer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
+
+    @property
+    def chat_body(self) -> type[ChatBody] | type[PassedChatBody]:
+        """How the body of a chat request is read."""
+        return ChatBody if self.upstream is None else PassedChatBody
 
     def cards(self) -> list[ModelCard]:
         """The models under the names clients use."""
@@ -154,7 +162,7 @@ class Service:
         async with self.guard.visit(caller.key, ask.card.id, ask.num_choices, caller.headers) as visit:
             road = self.roads.choose(must_queue=caller.must_queue)
             async with self.roads.slots(road, ask.num_choices):
-                requests = requests_of(ask, await self.prompt_ids(ask), self.settings)
+                requests = await self.requests(ask)
                 await self.guard.reserve(visit, requests)
                 left_s = deadline - asyncio.get_running_loop().time()
                 way = partial(self.roads.open, road, turn=Turn(caller.key_id, caller.rank, left_s))
@@ -162,6 +170,12 @@ class Service:
                     answer = Answer(source, requests, choices_per_prompt=ask.n, deadline=deadline, clock=self.clock)
                     async with self._running(Work(ask, caller, source, answer, visit, started, road)):
                         yield answer
+
+    async def requests(self, ask: Ask) -> tuple[Request, ...]:
+        """What the backend is asked, one request per choice. Raises RequestError or PromptTooLong."""
+        if self.upstream is not None:
+            return await self.upstream.requests_of(ask, self.settings)
+        return requests_of(ask, await self.prompt_ids(ask), self.settings)
 
     async def prompt_ids(self, ask: Ask) -> list[tuple[int, ...]]:
         """The token ids of all prompts. Raises RequestError."""
@@ -188,7 +202,7 @@ class Service:
     async def _source(self, ask: Ask, requests: Sequence[Request], caller: Caller, road: Road) -> AsyncIterator[Source]:
         """Where the answers come from: a rule, the cache, or the road."""
         if ask.refusal is not None:
-            yield Refusal(ask.refusal, self.tokenizer)
+            yield Refusal(ask.refusal, self.tokenizer if self.upstream is None else None)
             return
         question = Question(
             owner=caller.key.owner,

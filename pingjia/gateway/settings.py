@@ -7,6 +7,7 @@ import re
 
 from pydantic import Field, field_validator
 
+from pingjia.gateway.upstream_settings import UpstreamSettings
 from pingjia.recipe import Section
 
 
@@ -106,6 +107,8 @@ class GatewaySettings(Section):
     """Of each key's limits per minute, what this process allows alone while Redis cannot be reached."""
     cache: CacheSettings = CacheSettings()
     language: LanguageSettings = LanguageSettings()
+    upstream: UpstreamSettings = UpstreamSettings()
+    """Servers that answer in the place of an engine: a URL, a list of them, or a section."""
 
     @property
     def is_loopback(self) -> bool:
