@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from pingjia.models.attention import PackedSequences
 from pingjia.models.family import Family
 from pingjia.tune.groups import layer_of
+from pingjia.tune.products import fast_products
 from pingjia.tune.swap import swapped_forward
 from pingjia.types import Encoded
 
@@ -108,6 +109,7 @@ class FrozenLayers:
         return states_1TH
 
     @torch.no_grad()
+    @fast_products()
     def _pass(self, row: Encoded) -> torch.Tensor:
         config, device = self._network.config, self._network.device
         seen: list[torch.Tensor] = []
