@@ -1,4 +1,4 @@
-"""`pingjia eval RECIPE`: the recipe's questions, answered by the base model and by the tuned one."""
+"""`pingjia eval TARGET`: held-out questions, answered before and after tuning, or by anything that answers."""
 
 from __future__ import annotations
 
@@ -6,48 +6,113 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from pingjia.cli.console import console, errors, progress_bar
 from pingjia.cli.schema import Recipe, ledger_path, load_recipe
-from pingjia.cli.train import Overrides, RecipePath
+from pingjia.cli.sides import FORMS, check_side, generator_of
+from pingjia.cli.train import Overrides
 from pingjia.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from pingjia import Engine
     from pingjia.evaluate import Comparison, EvalReport, EvalSettings
     from pingjia.models import Encoder
-    from pingjia.types import Example, Generator
+    from pingjia.types import Example, Generator, Scorer
 
 MOSTLY_KNOWN = 0.25  # unknown tokens beyond this share make a score doubtful
 
 
 def evaluate(
-    recipe: RecipePath,
+    target: Annotated[str, typer.Argument(help=f"A recipe (before and after), or anything that answers: {FORMS}.")],
     overrides: Overrides = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="Compare with this one, on the same questions; the same forms.")
+    ] = None,
     endpoint: Annotated[
         str | None,
         typer.Option(
             "--endpoint",
-            help="Ask this OpenAI-compatible server instead, e.g. http://127.0.0.1:8000/v1; key in OPENAI_API_KEY.",
+            help="With a recipe: ask this OpenAI-compatible server instead, e.g. http://127.0.0.1:8000/v1; key in "
+            "OPENAI_API_KEY.",
         ),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="With --endpoint: the model's name there.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Without a recipe: where reports go.")] = Path("eval"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Compare the base and the tuned model on held-out questions; or score an endpoint on them."""
-    loaded = load_recipe(recipe, overrides or [])
-    if endpoint is None:
+    """Score answers on held-out questions: a recipe's base and tuned model, or any model, adapter or server.
+
+    Without a recipe say what is asked: pingjia eval http://127.0.0.1:8000/v1#tuned questions=heldout.jsonl
+    """
+    if not target.endswith((".yaml", ".yml")):
+        _evaluate_side(target, against, overrides or [], out, as_json=as_json)
+        return
+    loaded = load_recipe(Path(target), overrides or [])
+    if endpoint is None and against is None:
         comparison = compare_recipe(loaded)
         _print_json(comparison.to_dict()) if as_json else print_comparison(comparison, report_dir(loaded))
         return
-    report = _evaluate_endpoint(loaded, endpoint, model)
+    if against is not None:
+        _compare_sides((against, target), _questions(loaded), report_dir(loaded), as_json=as_json)
+        return
+    assert endpoint is not None
+    _print_report(_evaluate_endpoint(loaded, endpoint, model), as_json=as_json)
+
+
+def _evaluate_side(target: str, against: str | None, overrides: list[str], out: Path, *, as_json: bool) -> None:
+    asked = _questions_of(_settings(overrides), domains=None)
+    for side in filter(None, (target, against)):
+        check_side(side)
+    if against is not None:
+        _compare_sides((against, target), asked, out, as_json=as_json)
+        return
+    report = _report_of(target, asked)
+    report.save(out / "report.json")
+    _print_report(report, as_json=as_json)
+
+
+def _compare_sides(
+    sides: tuple[str, str], asked: tuple[EvalSettings, list[Example]], out: Path, *, as_json: bool
+) -> None:
+    """`sides`: what it is compared with, then what is evaluated."""
+    from pingjia.evaluate import compare, save_comparison
+
+    before, after = (_report_of(side, asked) for side in sides)
+    comparison = compare(before, after)
+    before.save(out / "before.json")
+    after.save(out / "after.json")
+    save_comparison(comparison, out)
+    _print_json(comparison.to_dict()) if as_json else print_comparison(comparison, out)
+
+
+def _report_of(side: str, asked: tuple[EvalSettings, list[Example]]) -> EvalReport:
+    settings, questions = asked
+    generator = generator_of(side)
+    scorer = None if side.startswith(("http://", "https://")) else cast("Scorer", generator)
+    return _ask(questions, generator, settings, side, _encoder("auto", settings, questions), scorer)
+
+
+def _print_report(report: EvalReport, *, as_json: bool) -> None:
     if as_json:
         _print_json(report.to_dict())
     else:
         console.print("\n".join(report.lines()), markup=False)
+
+
+def _settings(overrides: list[str]) -> EvalSettings:
+    from pingjia import recipe as recipes
+    from pingjia.evaluate.settings import EvalSettings
+
+    class Asked(recipes.Section):
+        eval: EvalSettings = EvalSettings()
+
+    raw: dict[str, object] = {}
+    for override in overrides:
+        recipes.assign(raw, *recipes.split_override(override))
+    return recipes.build(raw, Asked, flat=("eval",), name="what is asked").eval
 
 
 def compare_recipe(recipe: Recipe) -> Comparison:
@@ -57,14 +122,15 @@ def compare_recipe(recipe: Recipe) -> Comparison:
     from pingjia.meter import Meter
 
     settings, questions = _questions(recipe)
-    encoder = _encoder(recipe, settings, questions)
+    encoder = _encoder(recipe.model.device, settings, questions)
     ledger, run = Ledger(ledger_path(recipe)), Path(recipe.tune.output_dir).name
     folder = report_dir(recipe)
     reports: list[EvalReport] = []
     sides = _sides(recipe)
     for name in ("before", "after"):
         with Meter() as meter:
-            report = _ask(questions, next(sides), settings, f"{name:<6}", encoder)
+            side = next(sides)
+            report = _ask(questions, side, settings, f"{name:<6}", encoder, side)
         report.save(folder / f"{name}.json")
         ledger.append(_with_time(report.fact(f"eval.{name}", run=run), meter.seconds, meter.peak_bytes))
         reports.append(report)
@@ -124,13 +190,16 @@ def report_dir(recipe: Recipe) -> Path:
 
 
 class _On:
-    """An engine's base (None) or one of its adapters as a Generator."""
+    """An engine's base (None) or one of its adapters as a Generator and Scorer."""
 
-    def __init__(self, engine: object, adapter: str | None) -> None:
+    def __init__(self, engine: Engine, adapter: str | None) -> None:
         self._engine, self._adapter = engine, adapter
 
     def generate(self, prompts, sampling=None, *, on_done=None):  # type: ignore[no-untyped-def]  # see Generator
-        return self._engine.generate(prompts, sampling, on_done=on_done, adapter=self._adapter)  # type: ignore[attr-defined]
+        return self._engine.generate(prompts, sampling, on_done=on_done, adapter=self._adapter)
+
+    def likelihoods(self, prompts, answers, *, with_end=True, on_done=None):  # type: ignore[no-untyped-def]  # see Scorer
+        return self._engine.likelihoods(prompts, answers, with_end=with_end, on_done=on_done, adapter=self._adapter)
 
 
 def _evaluate_endpoint(recipe: Recipe, url: str, model: str | None) -> EvalReport:
@@ -139,18 +208,18 @@ def _evaluate_endpoint(recipe: Recipe, url: str, model: str | None) -> EvalRepor
     if model is None:
         raise RecipeError("--endpoint needs --model NAME (as listed at /v1/models there)")
     settings, questions = _questions(recipe)
-    encoder = _encoder(recipe, settings, questions)
+    encoder = _encoder(recipe.model.device, settings, questions)
     return _ask(questions, Endpoint(url, model, api_key=os.environ.get("OPENAI_API_KEY")), settings, model, encoder)
 
 
-def _encoder(recipe: Recipe, settings: EvalSettings, questions: Sequence[Example]) -> Encoder | None:
+def _encoder(device: str, settings: EvalSettings, questions: Sequence[Example]) -> Encoder | None:
     """The encoder of `bert_score`, where it is asked for. Says so when it cannot read the answers it is to compare."""
     if "bert_score" not in settings.metrics:
         return None
     from pingjia.evaluate import expected_answer
     from pingjia.models import load_encoder
 
-    encoder = load_encoder(settings.encoder, layer=settings.encoder_layer, device=recipe.model.device)
+    encoder = load_encoder(settings.encoder, layer=settings.encoder_layer, device=device)
     share = encoder.unknown_share([expected_answer(question) for question in questions])
     if share > MOSTLY_KNOWN:
         errors.print(
@@ -161,7 +230,12 @@ def _encoder(recipe: Recipe, settings: EvalSettings, questions: Sequence[Example
 
 
 def _ask(
-    questions: Sequence[Example], generator: Generator, settings: EvalSettings, label: str, encoder: Encoder | None
+    questions: Sequence[Example],
+    generator: Generator,
+    settings: EvalSettings,
+    label: str,
+    encoder: Encoder | None,
+    scorer: Scorer | None = None,
 ) -> EvalReport:
     from pingjia.evaluate import evaluate as run_evaluation
     from pingjia.evaluate import select
@@ -169,21 +243,27 @@ def _ask(
     with progress_bar(errors) as progress:  # stdout may be read as JSON
         task = progress.add_task(f"answers {label}", total=len(select(questions, settings.max_questions)), note="")
         return run_evaluation(
-            questions, generator, settings, on_done=lambda index, answer: progress.advance(task), encoder=encoder
+            questions,
+            generator,
+            settings,
+            on_done=lambda index, answer: progress.advance(task),
+            encoder=encoder,
+            scorer=scorer,
         )
 
 
 def _questions(recipe: Recipe) -> tuple[EvalSettings, list[Example]]:
+    return _questions_of(recipe.eval, recipe.data.domains)
+
+
+def _questions_of(settings: EvalSettings | None, domains: Sequence[str] | None) -> tuple[EvalSettings, list[Example]]:
     from pingjia import data
 
-    settings = recipe.eval
     if settings is None or not settings.questions:
         raise RecipeError("eval.questions: missing; name a file of held-out questions (eval.questions=FILE)")
     problems: list[str] = []
     questions = list(
-        data.read_examples(
-            settings.questions, domains=recipe.data.domains, on_problem=lambda p: problems.append(str(p))
-        )
+        data.read_examples(settings.questions, domains=domains, on_problem=lambda p: problems.append(str(p)))
     )
     if problems:
         raise DataError("\n".join(problems[:10]) + f"\n{len(problems)} questions cannot be asked; correct them")

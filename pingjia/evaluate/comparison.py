@@ -74,6 +74,7 @@ class Comparison:
             "overall": _changes_dict(self.overall),
             "domains": {name: _changes_dict(changes) for name, changes in self.domains.items()},
             "languages": {name: _changes_dict(changes) for name, changes in self.languages.items()},
+            "perplexity": {"before": self.before.overall.perplexity, "after": self.after.overall.perplexity},
             "num_cut": {"before": self.before.overall.num_cut, "after": self.after.overall.num_cut},
             "num_failed": {"before": self.before.overall.num_failed, "after": self.after.overall.num_failed},
             "questions": [_question_dict(*pair) for pair in self.pairs()],

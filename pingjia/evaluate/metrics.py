@@ -1,7 +1,7 @@
 """ROUGE-1/2/L and BLEU-4 over tokens, and the table of everything an answer can be scored by. Scores are 0 to 1.
 
-Facts have their own file (`facts.py`): they compare characters, not tokens. BERTScore's arithmetic is the base's
-(`similarity.py`); its encoder is brought by the caller.
+Facts (`facts.py`) and forms (`forms.py`) have their own files: they compare characters, not tokens. BERTScore's
+arithmetic is the base's (`similarity.py`); its encoder is brought by the caller.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+from pingjia.evaluate import forms
 from pingjia.evaluate.facts import missing_facts
 from pingjia.evaluate.tokens import tokenise
 from pingjia.similarity import TextEncoder, bert_scores
@@ -100,6 +101,10 @@ def _text(measure: Callable[[Tokens, Tokens], float]) -> Callable[[Pair], float 
     return lambda pair: measure(*pair.tokens) if pair.tokens[1] else None
 
 
+def _form(measure: Callable[[str, str], float | None]) -> Callable[[Pair], float | None]:
+    return lambda pair: measure(pair.answer, pair.expected)
+
+
 def _exact_facts(pair: Pair) -> float | None:
     return float(not pair.missing) if pair.facts else None
 
@@ -115,8 +120,14 @@ SCORERS: dict[str, Callable[[Pair], float | None]] = {
     "bleu_4": _text(bleu_4),
     "exact_facts": _exact_facts,
     "fact_share": _fact_share,
+    "language_match": _form(forms.language_match),
+    "refusal_match": _form(forms.refusal_match),
+    "json_valid": _form(forms.json_valid),
+    "json_equal": _form(forms.json_equal),
 }
-BERT_SCORE = "bert_score"  # not among SCORERS: an encoder takes many answers at once
+# Not among SCORERS: these look at no answer alone, but ask an encoder, or the model itself, about many at once.
+BERT_SCORE = "bert_score"
+TOKEN_PROBABILITY = "token_probability"  # noqa: S105  not a password
 
 
 def score(pair: Pair, metrics: Sequence[str]) -> dict[str, float]:

@@ -72,6 +72,8 @@ def _caption(comparison: Comparison) -> str:
         "the interval of the change is a paired bootstrap over questions. "
         f"Answers cut by length: {old.num_cut} before, {new.num_cut} after."
     )
+    if old.perplexity is not None and new.perplexity is not None:
+        text += f" Perplexity of the expected answers: {old.perplexity:.4g} before, {new.perplexity:.4g} after."
     if old.num_failed or new.num_failed:
         text += f" FAILED answers: {old.num_failed} before, {new.num_failed} after."
     return text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,10 @@ NO_DOMAIN = "(no domain)"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One question, its answer and the scores that apply to it (0 to 1)."""
+    """One question, its answer and the scores that apply to it (0 to 1).
+
+    expected_logprob: sum of ln p over the `expected_tokens` of the expected answer; no tokens where it was not asked.
+    """
 
     prompt: tuple[Message, ...]
     expected: str
@@ -38,6 +42,8 @@ class Row:
     facts: tuple[str, ...] = ()
     missing_facts: tuple[str, ...] = ()
     usage: Usage = Usage()  # noqa: RUF009  frozen
+    expected_logprob: float = 0.0
+    expected_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +60,15 @@ class Score:
 class Group:
     """Summary of some rows. `num_cut` answers ran into max_tokens, `num_failed` ended in an error; both are scored.
 
-    A metric that applies to none of the rows is absent from `scores`.
+    A metric that applies to none of the rows is absent from `scores`. `perplexity`: of the expected answers, over all
+    their tokens; None where the metric `token_probability` was not asked for.
     """
 
     count: int
     num_cut: int
     num_failed: int
     scores: dict[str, Score]
+    perplexity: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +192,16 @@ def _summary(rows: Sequence[Row], metrics: Sequence[str]) -> Group:
         num_cut=sum(row.finish_reason == "length" for row in rows),
         num_failed=sum(row.finish_reason in ("error", "cancelled") for row in rows),
         scores=scores,
+        perplexity=_perplexity(rows),
     )
+
+
+def _perplexity(rows: Sequence[Row]) -> float | None:
+    num_tokens = sum(row.expected_tokens for row in rows)
+    if not num_tokens:
+        return None
+    mean = -sum(row.expected_logprob for row in rows) / num_tokens
+    return math.exp(min(mean, 700.0))  # beyond that a float has no number for it
 
 
 def _group_text(group: Group, metrics: Sequence[str]) -> str:
@@ -193,6 +210,8 @@ def _group_text(group: Group, metrics: Sequence[str]) -> str:
         if name in group.scores:
             score = group.scores[name]
             parts.append(f"{name} {percent(score.mean)} [{percent(score.low)}, {percent(score.high)}]")
+    if group.perplexity is not None:
+        parts.append(f"perplexity {group.perplexity:.4g}")
     if group.num_cut:
         parts.append(f"{group.num_cut} cut at max_tokens")
     if group.num_failed:

@@ -8,7 +8,10 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from pingjia.recipe import Section, near_miss
 
-METRICS = ("rouge_1", "rouge_2", "rouge_l", "bleu_4", "exact_facts", "fact_share", "bert_score")
+METRICS = (
+    "rouge_1", "rouge_2", "rouge_l", "bleu_4", "exact_facts", "fact_share", "language_match", "refusal_match",
+    "json_valid", "json_equal", "bert_score", "token_probability",
+)  # fmt: skip
 
 
 def _as_list(value: Any) -> Any:

@@ -16,7 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_chinese import Rouge
 
-from pingjia.evaluate.metrics import BERT_SCORE, SCORERS, Pair, bleu_4, lcs_length, rouge_l, rouge_n, score, score_all
+from pingjia.evaluate.metrics import (
+    BERT_SCORE,
+    SCORERS,
+    TOKEN_PROBABILITY,
+    Pair,
+    bleu_4,
+    lcs_length,
+    rouge_l,
+    rouge_n,
+    score,
+    score_all,
+)
 from pingjia.evaluate.settings import METRICS
 from pingjia.evaluate.tokens import normalise, tokenise
 from pingjia.similarity import Vectors, bert_scores
@@ -136,9 +147,11 @@ def test_words_that_a_program_adds_to_jieba_do_not_change_scores() -> None:
 
 
 def test_every_metric_of_the_settings_is_scored_and_no_other() -> None:
-    assert (*SCORERS, BERT_SCORE) == METRICS
-    (scores,) = score_all([Pair("保修36个月", "保修36个月", ("36个月",))], METRICS, Letters())
-    assert set(scores) == set(METRICS)
+    assert (*SCORERS, BERT_SCORE, TOKEN_PROBABILITY) == METRICS
+    pairs = [Pair("保修36个月", "保修36个月", ("36个月",)), Pair('{"a": 1}', '{"a": 1}')]
+    text, data = score_all(pairs, METRICS, Letters())
+    assert set(text) | set(data) == set(METRICS) - {TOKEN_PROBABILITY}  # which asks the model, in evaluate
+    assert set(data) - set(text) == {"json_valid", "json_equal"}
 
 
 class Letters:
@@ -167,7 +180,9 @@ def test_bert_score_is_f1_within_0_and_1_of_the_answers_that_have_an_expected_te
 
 
 def test_metrics_that_do_not_apply_are_left_out() -> None:
-    assert set(score(Pair("a", "a"), METRICS)) == {"rouge_1", "rouge_2", "rouge_l", "bleu_4"}
+    assert set(score(Pair("a", "a"), METRICS)) == {
+        "rouge_1", "rouge_2", "rouge_l", "bleu_4", "language_match", "refusal_match",
+    }  # fmt: skip
     assert set(score(Pair("36", "", ("36",)), METRICS)) == {"exact_facts", "fact_share"}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from pingjia.evaluate import EvalSettings, evaluate, select
 from pingjia.evaluate.run import language
 from pingjia.recipe import Section, build
 from pingjia.similarity import Vectors
-from pingjia.types import Example, Message, Sampling
+from pingjia.types import Example, Likelihood, Message, Sampling
 
 
 def test_rows_scores_and_groups(ask, scripted) -> None:
@@ -171,3 +172,20 @@ def test_settings_are_strict(section: dict, message: str) -> None:
 
 def test_one_file_may_be_given_without_a_list() -> None:
     assert EvalSettings(questions="samples:customer_service.jsonl").questions == ["samples:customer_service.jsonl"]
+
+
+def test_perplexity_of_the_expected_answers(ask: Callable[..., Example], scripted: type) -> None:
+    class Knowing:
+        def likelihoods(self, prompts, answers, *, with_end=True, on_done=None):  # type: ignore[no-untyped-def]
+            assert with_end
+            return [Likelihood(-2.0 * len(answer), len(answer), False) for answer in answers]
+
+    questions = [ask("a", "abcd"), ask("b", "xy"), ask("c", "", facts=("36",))]
+    settings = EvalSettings(metrics=["token_probability", "exact_facts"])
+    report = evaluate(questions, scripted(["1", "2", "36"]), settings, scorer=Knowing())
+    assert report.overall.perplexity == pytest.approx(math.exp(2))
+    assert report.overall.scores["token_probability"].mean == pytest.approx(math.exp(-2))
+    assert report.overall.scores["token_probability"].count == 2
+    assert "perplexity 7.389" in "\n".join(report.lines())
+    with pytest.raises(RecipeError, match="token_probability needs the model itself"):
+        evaluate(questions, scripted(["1", "2", "36"]), settings)
