@@ -45,6 +45,7 @@ ALLOWED = {
     "tune": {"data", "chat", "models", "quant"},
     "engine": {"models", "quant", "chat"},
     "queue": set(),
+    "cluster": set(),
     "worker": {"engine", "chat", "cluster", "queue"},
     "gateway": {"chat", "cluster", "queue"},
     "export": {"models", "quant", "tune"},
@@ -166,7 +167,7 @@ def test_settings_the_command_line_and_the_gateway_are_light() -> None:
     assert not loaded_by("\n".join(statements)) & HEAVY
 
 
-@pytest.mark.parametrize("name", ["gateway", "queue", "evaluate", "cost", "data", "chat"])
+@pytest.mark.parametrize("name", ["gateway", "queue", "cluster", "evaluate", "cost", "data", "chat"])
 def test_rooms_without_torch_stay_without_it(name: str) -> None:
     """Every module of the room loaded, every public name asked for."""
     modules = [f.relative_to(PACKAGE.parent).with_suffix("").as_posix() for f in (PACKAGE / name).glob("*.py")]
@@ -176,7 +177,7 @@ def test_rooms_without_torch_stay_without_it(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["models", "tune", "engine", "worker", "export", "quant", "data", "chat", "gateway", "queue"]
+    "name", ["models", "tune", "engine", "worker", "export", "quant", "data", "chat", "gateway", "queue", "cluster"]
 )
 def test_every_public_name_is_there(name: str) -> None:
     from importlib import import_module

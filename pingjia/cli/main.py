@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 
 from pingjia.cli import (
     chat,
+    cluster,
     cost,
     data,
     doctor,
@@ -63,6 +64,7 @@ app.command("serve")(with_environment(serve.serve))
 app.command("gateway")(with_environment(gateway.gateway))
 app.command("worker")(with_environment(worker.worker))
 app.add_typer(keys.app, name="keys")
+app.add_typer(cluster.app, name="cluster")
 app.command("chat")(chat.chat)
 app.command("export")(export.export)
 app.command("quantize")(quantize.quantize)

@@ -12,6 +12,16 @@ import typer
 from pingjia import recipe as recipes
 from pingjia.cli.budgets import spent_by_key, split_prices
 from pingjia.cli.console import errors
+from pingjia.cli.membership import (
+    ADVERTISE_HELP,
+    CONSUL_HELP,
+    NAME_HELP,
+    SERVICE_HELP,
+    WEIGHT_HELP,
+    Flags,
+    joining_of,
+    member_of,
+)
 from pingjia.cost.settings import CostSettings
 from pingjia.engine.settings import EngineSettings
 from pingjia.errors import UserError
@@ -40,6 +50,11 @@ def serve(
     device: Annotated[str, typer.Option(help=DEVICE_HELP)] = "auto",
     bits: Annotated[int | None, typer.Option(help=BITS_HELP)] = None,
     ledger: Annotated[Path | None, typer.Option(help="Append what was spent to this file.")] = None,
+    consul: Annotated[str | None, typer.Option(help=CONSUL_HELP)] = None,
+    service: Annotated[str, typer.Option(help=SERVICE_HELP)] = "pingjia",
+    name: Annotated[str | None, typer.Option(help=NAME_HELP)] = None,
+    advertise: Annotated[str | None, typer.Option(help=ADVERTISE_HELP)] = None,
+    weight: Annotated[int | None, typer.Option(help=WEIGHT_HELP, min=1, max=65_535)] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="SECTION.KEY=VALUE of serve, engine, worker or cost, as in a recipe."),
@@ -56,6 +71,7 @@ def serve(
         given["default_model"] = next(iter(adapters))
     others, prices = split_prices(overrides or [])
     sections = settings_of(others, given)
+    flags = Flags(consul, service, name, advertise, weight) if consul else None
     run_server(
         model,
         adapters=adapters,
@@ -67,6 +83,7 @@ def serve(
         device=device,
         bits=bits,
         ledger_file=ledger,
+        pool=flags,
     )
 
 
@@ -82,6 +99,7 @@ def run_server(
     device: str = "auto",
     bits: int | None = None,
     ledger_file: Path | None = None,
+    pool: Flags | None = None,
 ) -> None:
     """Load, serve, drain. Everything that can be refused without the model is refused before it is loaded."""
     from pingjia import Engine, gateway
@@ -94,6 +112,7 @@ def run_server(
     spent = spent_by_key(gateway_settings, cost_settings or CostSettings(), ledger_file)
     if gateway_settings.redis_url is not None:
         check_redis(gateway_settings.redis_url)
+    joining = joining_of(pool, gateway_settings.host, gateway_settings.port) if pool is not None else None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     ledger = Ledger(ledger_file) if ledger_file else None
     with Meter() as meter:
@@ -117,9 +136,14 @@ def run_server(
                 spent=spent,
                 adapters=worker,
             )
-            gateway.serve(
-                app, gateway_settings, on_ready=lambda url: errors.print(f"serving at {url}/v1", markup=False)
-            )
+            member = member_of(joining, worker, engine, engine_settings.max_num_seqs) if joining is not None else None
+
+            def on_ready(url: str) -> None:
+                errors.print(f"serving at {url}/v1", markup=False)
+                if member is not None:
+                    member.start(url)
+
+            gateway.serve(app, gateway_settings, on_ready=on_ready, on_stop=member.stop if member else None)
         finally:
             worker.stop(gateway_settings.drain_s)
     if ledger is not None:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pingjia.cli.console import errors
+from pingjia.cli.membership import (
+    ADVERTISE_HELP,
+    CONSUL_HELP,
+    NAME_HELP,
+    WEIGHT_HELP,
+    Flags,
+    Joining,
+    joining_of,
+    member_of,
+)
 from pingjia.cli.serve import (
     ADAPTER_HELP,
     BITS_HELP,
@@ -39,6 +50,11 @@ def worker(
     bits: Annotated[int | None, typer.Option(help=BITS_HELP)] = None,
     health_host: Annotated[str, typer.Option(help="Address of health and metrics; they need no key.")] = "127.0.0.1",
     health_port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 0,
+    consul: Annotated[str | None, typer.Option(help=CONSUL_HELP)] = None,
+    service: Annotated[str, typer.Option(help="The pool: who answers from one queue.")] = "pingjia-workers",
+    name: Annotated[str | None, typer.Option(help=NAME_HELP)] = None,
+    advertise: Annotated[str | None, typer.Option(help=ADVERTISE_HELP)] = None,
+    weight: Annotated[int | None, typer.Option(help=WEIGHT_HELP, min=1, max=65_535)] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="SECTION.KEY=VALUE of serve, engine or worker, as in a recipe.")
     ] = None,
@@ -53,13 +69,16 @@ def worker(
     sections = settings_of(overrides or [], {"redis_url": redis_url or None})
     check_redis(needed_url(sections.serve.redis_url))
     adapters = parse_adapters(adapter or [])
+    flags = Flags(consul, service, name, advertise, weight) if consul else None
+    joining = joining_of(flags, health_host, health_port, "--health-port") if flags else None
 
     from pingjia.worker.health import Health, served  # takes a moment: after everything that can be refused without it
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with served(health := Health(), health_host, health_port) as url:
         errors.print(f"health at {url}/health/ready; loading {model} ...", markup=False)
-        _work(sections, health, lambda settings: _load(model, adapters, dtype, device, bits, settings))
+        place = _Place(joining, url) if joining else None
+        _work(sections, health, lambda settings: _load(model, adapters, dtype, device, bits, settings), place)
 
 
 def _load(
@@ -73,15 +92,30 @@ def _load(
     return engine
 
 
-def _work(sections: Sections, health: Health, load: Callable[[EngineSettings], Engine]) -> None:
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """In a pool, at the URL of health."""
+
+    joining: Joining
+    url: str
+
+
+def _work(
+    sections: Sections, health: Health, load: Callable[[EngineSettings], Engine], place: _Place | None = None
+) -> None:
     from pingjia.gateway.roads import limits_of
     from pingjia.queue.opening import open_queue
     from pingjia.worker import Worker
     from pingjia.worker.pulling import pull
 
-    backend, limits = Worker(load(sections.engine), sections.worker), limits_of(sections.serve)
+    engine, limits = load(sections.engine), limits_of(sections.serve)
+    backend = Worker(engine, sections.worker)
     backend.start()
+    member = None
     try:
+        if place is not None:
+            member = member_of(place.joining, backend, engine, sections.engine.max_num_seqs, is_balanced=False)
+            member.start(place.url)
         pull(
             backend,
             lambda: open_queue(sections.serve.redis_url, limits),
@@ -93,6 +127,8 @@ def _work(sections: Sections, health: Health, load: Callable[[EngineSettings], E
             on_ready=lambda name: errors.print(f"working as {name}", markup=False),
         )
     finally:
+        if member is not None:
+            member.stop()
         backend.stop()
 
 

@@ -45,23 +45,35 @@ def check_port(host: str, port: int) -> None:
     _listen(host, port).close()
 
 
-def serve(app: FastAPI, settings: GatewaySettings, *, on_ready: Callable[[str], None] | None = None) -> None:
+def serve(
+    app: FastAPI,
+    settings: GatewaySettings,
+    *,
+    on_ready: Callable[[str], None] | None = None,
+    on_stop: Callable[[], None] | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT, then let answers in work finish for `settings.drain_s`, and return.
 
-    `on_ready(url)` is called when requests are taken. A second SIGINT does not wait. Raises UserError when the port
-    cannot be had. The backend is not stopped: that is up to whoever started it.
+    `on_ready(url)` is called when requests are taken. `on_stop()` is called after the signal, in a thread; requests
+    are taken until it returns. A second SIGINT does not wait. Raises UserError when the port cannot be had. The
+    backend is not stopped: that is up to whoever started it.
     """
     sock = _listen(settings.host, settings.port)
     if settings.access_log:
         _show_access_log()
-    _Server(app, settings, _url(settings.host, sock), on_ready).run(sockets=[sock])
+    _Server(app, settings, _url(settings.host, sock), on_ready, on_stop).run(sockets=[sock])
 
 
 class _Server(uvicorn.Server):
     """uvicorn, but answers end readably when the time to finish is over, and a signal lets `serve` return."""
 
     def __init__(
-        self, app: FastAPI, settings: GatewaySettings, url: str, on_ready: Callable[[str], None] | None
+        self,
+        app: FastAPI,
+        settings: GatewaySettings,
+        url: str,
+        on_ready: Callable[[str], None] | None,
+        on_stop: Callable[[], None] | None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -79,6 +91,7 @@ class _Server(uvicorn.Server):
         self._drain_s = settings.drain_s
         self._url = url
         self._on_ready = on_ready
+        self._on_stop = on_stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -87,6 +100,8 @@ class _Server(uvicorn.Server):
             self._on_ready(self._url)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._on_stop is not None:
+            await asyncio.to_thread(self._on_stop)
         self._service.start_draining()
         timer = asyncio.get_running_loop().call_later(self._drain_s, self._service.end_all)
         await super().shutdown(sockets)
