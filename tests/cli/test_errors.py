@@ -333,7 +333,9 @@ def test_without_debug_there_is_no_traceback() -> None:
 VERBS = [[], ["run"], ["train"], ["eval"], ["quality"], ["serve"], ["chat"], ["export"], ["doctor"], ["env"], ["version"],
          ["data"], ["data", "check"], ["data", "prepare"], ["data", "tokenizer"],
          ["cost"], ["cost", "report"], ["quantize"], ["gateway"], ["worker"],
-         ["keys"], ["keys", "create"], ["keys", "list"], ["keys", "revoke"], ["keys", "show-usage"]]  # fmt: skip
+         ["keys"], ["keys", "create"], ["keys", "list"], ["keys", "revoke"], ["keys", "show-usage"],
+         ["cluster"], ["cluster", "nginx"], ["cluster", "status"], ["cluster", "drain"], ["cluster", "rollout"],
+         ["cluster", "plan"]]  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(verb) or "root")
