@@ -2,10 +2,14 @@
 
 Both arms start from the same adapter of A and see the same rows of B and C, by `pingjia train` as a user would run it.
 `naive` goes on training the one adapter (ewc with a lambda of 0, no replay); `ours` grows new ranks beside the frozen
-ones, holds them at right angles, and replays. Probes are held-out wordings of the same facts. Where the gate refuses
-the naive arm, that is noted, and the arm goes on with the gate open, to see where it ends.
+ones, holds them at right angles, and replays. The tasks are in forgetting_rows.py: eight invented facts each, four
+wordings to learn and two held out, which are the probe. An answer counts when it states the fact to the character.
+Where the gate refuses an arm, that is noted, and the arm goes on with the gate open, to see where it ends.
 
-    python benchmarks/forgetting.py [--topics 8] [--rows 3] [--epochs 6] [--replay 0.5] [--max-steps N] [--out FILE]
+    python benchmarks/forgetting.py [--epochs 5] [--rate 1e-3] [--replay 0.5] [--folder DIR] [--out FILE]
+
+With --folder a stopped experiment goes on where it was. Exit code 1 when a task was not learnt (less than 80 % of its
+probe right after it was trained), when the gate let the naive arm through, or when it refused ours.
 """
 
 from __future__ import annotations
@@ -23,40 +27,38 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from forgetting_rows import TASKS, Fact
+
 RESULT = Path(__file__).parent / "results" / "forgetting.json"
-TASKS = {"A": "customer_service", "B": "tutoring", "C": "writing"}
 MIN_RETENTION = 0.8
+MIN_LEARNT = 0.8
+SYSTEM = "简短回答。"  # of every row: the model's own default is longer than the questions
 RECIPE: dict[str, Any] = {
     "model_name_or_path": "smollm2",
     "lora_rank": 16,
     "lora_alpha": 32,
     "lora_dropout": 0.0,
     "lora_target": "all",
-    "learning_rate": 2e-3,
     "lr_scheduler_type": "linear",
     "per_device_train_batch_size": 4,
     "report_to": ["none"],
 }
 
 
-def rows_of(name: str) -> list[dict[str, Any]]:
-    import pingjia.data
-
-    file = Path(pingjia.data.__file__).parent / "samples" / f"{name}.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
-
-
-def write_task(folder: Path, task: str, num_topics: int, rows_per_topic: int) -> dict[str, int]:
-    """TASK.jsonl and TASK.held.jsonl: the first topics that have held-out wordings, so many rows of each."""
-    learnt, held = rows_of(TASKS[task]), rows_of(f"{TASKS[task]}.heldout")
-    asked = {row["topic"] for row in held}
-    topics = [t for t in dict.fromkeys(row["topic"] for row in learnt) if t in asked][:num_topics]
-    chosen = [row for t in topics for row in [r for r in learnt if r["topic"] == t][:rows_per_topic]]
-    probe = [row for row in held if row["topic"] in topics]
-    for name, rows in ((f"{task}.jsonl", chosen), (f"{task}.held.jsonl", probe)):
+def write_task(folder: Path, task: str) -> dict[str, int]:
+    """TASK.jsonl and TASK.held.jsonl."""
+    facts = TASKS[task]
+    learnt = [row_of(fact, question) for fact in facts for question in fact.learnt]
+    held = [row_of(fact, question) for fact in facts for question in fact.held_out]
+    for name, rows in ((f"{task}.jsonl", learnt), (f"{task}.held.jsonl", held)):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / name).write_text(text, encoding="utf-8")
-    return {"topics": len(topics), "rows": len(chosen), "probe_questions": len(probe)}
+    return {"facts": len(facts), "rows": len(learnt), "probe_questions": len(held)}
+
+
+def row_of(fact: Fact, question: str) -> dict[str, Any]:
+    turns = (("system", SYSTEM), ("user", question), ("assistant", fact.answer))
+    return {"messages": [{"role": role, "content": text} for role, text in turns], "facts": [fact.fact]}
 
 
 class Arm:
@@ -85,7 +87,10 @@ class Arm:
     def _stage(self, task: str, before: Path) -> Path:
         out = self._folder / self.name / task
         recipe = recipe_of(self._folder, task, out, self._args)
-        recipe |= {"continue_from": str(before), "continual": self._continual | {"min_retention": MIN_RETENTION}}
+        recipe |= {
+            "continue_from": str(before),
+            "continual": self._continual | {"min_retention": MIN_RETENTION, "max_tokens": 32},
+        }
         started = time.perf_counter()
         code, words = train(recipe)
         self.seconds += time.perf_counter() - started
@@ -104,7 +109,7 @@ def recipe_of(folder: Path, task: str, out: Path, args: argparse.Namespace) -> d
         "eval_dataset": str(folder / f"{task}.held.jsonl"),
         "output_dir": str(out),
         "num_train_epochs": args.epochs,
-        "max_steps": args.max_steps,
+        "learning_rate": args.rate,
     }
 
 
@@ -121,26 +126,29 @@ def train(recipe: dict[str, Any]) -> tuple[int, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topics", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=3)
-    parser.add_argument("--epochs", type=float, default=6)
-    parser.add_argument("--replay", type=float, default=0.5)
-    parser.add_argument("--max-steps", type=int, default=None)
+    parser.add_argument("--epochs", type=float, default=5)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--replay", type=float, default=0.5, help="replayed rows for each new one, of our arm")
+    parser.add_argument("--folder", type=Path, help="where the runs are kept")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="forgetting-"))
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="forgetting-"))
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         result = compare(folder, args)
     finally:
-        shutil.rmtree(folder)
+        if args.folder is None:
+            shutil.rmtree(folder)
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     for name in ("naive", "ours"):
         show(name, result[name])
+    wrong = unproved(result)
+    sys.exit("\n".join(wrong) if wrong else 0)
 
 
 def compare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    tasks = {task: write_task(folder, task, args.topics, args.rows) for task in TASKS}
+    tasks = {task: write_task(folder, task) for task in TASKS}
     code, words = train(recipe_of(folder, "A", folder / "A", args))
     if code:
         sys.exit(words)
@@ -151,13 +159,25 @@ def compare(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "what": "exact facts and loss on held-out wordings of each task after each stage, SmolLM2-135M",
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "settings": {key: value for key, value in vars(args).items() if key != "out"}
-        | {"min_retention": MIN_RETENTION},
+        "settings": {"epochs": args.epochs, "rate": args.rate, "replay": args.replay, "min_retention": MIN_RETENTION},
         "recipe": RECIPE,
         "tasks": tasks,
         "naive": naive,
         "ours": ours,
     }
+
+
+def unproved(result: dict[str, Any]) -> list[str]:
+    """What the experiment was to show and did not."""
+    found = [
+        f"{arm}: only {right:.0%} of {task} were right after it was trained"
+        for arm in ("naive", "ours")
+        for task in TASKS
+        if (right := result[arm]["matrix"][task][task]["facts"]) < MIN_LEARNT
+    ]
+    if not result["naive"]["blocked"]:
+        found.append("naive: the gate let it through")
+    return found + [f"ours: refused at {b['stage']}" for b in result["ours"]["blocked"]]
 
 
 def show(name: str, arm: dict[str, Any]) -> None:
