@@ -429,13 +429,12 @@ def _require_for_zero3(settings: TuneSettings) -> None:
         ("phases", settings.phases),
         ("shrink_lora_rank_to", settings.shrink_lora_rank_to),
         ("lora_l2", settings.lora_l2),
-        ("fp16", settings.fp16),
-        ("bf16", settings.bf16),
+        ("memory_limit_gb", settings.memory_limit_gb),
     ):
         if is_set:
             raise TrainingError(
                 f"{key}: DeepSpeed holds every parameter in pieces and does not let it be opened, closed, resized or "
-                "looked at in the loss, and scales it by itself; use distributed.strategy=fsdp2"
+                "looked at in the loss, nor an update be broken off; use distributed.strategy=fsdp2 or ddp"
             )
 
 
@@ -463,7 +462,7 @@ def _join(settings: TuneSettings, device: torch.device) -> Alone:
         return {"ddp": Ddp, "fsdp2": Fsdp2}[wanted.strategy](device, precision)
     from pingjia.tune.zero3 import Zero3, deepspeed_config
 
-    return Zero3(device, deepspeed_config(settings))
+    return Zero3(device, precision, deepspeed_config(settings))
 
 
 def local_rank() -> int | None:

@@ -7,7 +7,7 @@ the scale, so that none is lost. Not here: the number format a base is stored in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -49,6 +49,16 @@ class Precision:
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the update, whose gradients are all numbers."""
         optimizer.step()
+
+    def stepped(self) -> None:
+        """Another one has unscaled the gradients and made the update (DeepSpeed)."""
+
+    def with_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of an optimizer, and what the precision has to remember."""
+        return state
+
+    def take_state(self, state: Mapping[str, Any]) -> None:
+        """Be as when `with_state` was called."""
 
     def skip(self) -> bool:
         """The attempt overflowed. False when there is nothing left to try."""
@@ -93,13 +103,13 @@ class Float16(Precision):
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         require_float32(p for group in optimizer.param_groups for p in group["params"])
         self._scaler, self.num_skipped = self._new_scaler(self._first_scale), 0
-        optimizer.register_state_dict_post_hook(self._add_state)
-        optimizer.register_load_state_dict_pre_hook(self._take_state)
+        optimizer.register_state_dict_post_hook(lambda _, state: self.with_state(state))
+        optimizer.register_load_state_dict_pre_hook(lambda _, state: self.take_state(state))
 
-    def _add_state(self, _: Any, state: dict[str, Any]) -> dict[str, Any]:
+    def with_state(self, state: dict[str, Any]) -> dict[str, Any]:
         return {**state, "loss_scale": {**self._scaler.state_dict(), "num_skipped": self.num_skipped}}
 
-    def _take_state(self, _: Any, state: dict[str, Any]) -> None:
+    def take_state(self, state: Mapping[str, Any]) -> None:
         saved = dict(state["loss_scale"])
         self.num_skipped = saved.pop("num_skipped")
         self._scaler = self._new_scaler(self._first_scale)
@@ -116,15 +126,22 @@ class Float16(Precision):
         self._scaler.step(optimizer)
         self._scaler.update()
 
+    def stepped(self) -> None:
+        scale, in_a_row = self._scaler.get_scale(), self._scaler.state_dict()["_growth_tracker"] + 1
+        self._set(2 * scale, 0) if in_a_row >= GROWTH_INTERVAL else self._set(scale, in_a_row)
+
     def skip(self) -> bool:
         scale = self._scaler.get_scale()
         if scale <= LEAST_SCALE:
             return False
-        halved = {**self._scaler.state_dict(), "scale": max(LEAST_SCALE, scale / 2), "_growth_tracker": 0}
-        self._scaler = self._new_scaler(self._first_scale)  # anew: the old one still holds this attempt's gradients
-        self._scaler.load_state_dict(halved)
+        self._set(max(LEAST_SCALE, scale / 2), 0)
         self.num_skipped += 1
         return True
+
+    def _set(self, scale: float, in_a_row: int) -> None:
+        changed = {**self._scaler.state_dict(), "scale": scale, "_growth_tracker": in_a_row}
+        self._scaler = self._new_scaler(self._first_scale)  # anew: the old one may hold gradients of an attempt
+        self._scaler.load_state_dict(changed)
 
     @property
     def scale(self) -> float | None:

@@ -9,8 +9,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.distributed as dist
 
 from pingjia.errors import TrainingError
 from pingjia.tune.distributed import Together, require_shareable
+from pingjia.tune.precision import Precision
 from pingjia.tune.settings import TuneSettings
 
 
@@ -47,13 +49,15 @@ class Zero3(Together):
     is_cut = True
     has_ladder = False
 
-    def __init__(self, device: torch.device, config: Mapping[str, Any]) -> None:
-        super().__init__(device)
+    def __init__(self, device: torch.device, precision: Precision, config: Mapping[str, Any]) -> None:
+        super().__init__(device, precision)
         self._config = dict(config)
         self._engine: Any = None
 
     def prepare(self, model: Any) -> Any:
         require_shareable(model)
+        # DeepSpeed switches autocast off around its engine, so it is switched on inside.
+        model.forward = partial(_computed_in, self.precision, model.forward)
         return _Engine(model)  # DeepSpeed takes network and optimizer together: see below
 
     def optimizer(self, model: Any, groups: list[dict[str, Any]], weight_decay: float) -> Any:
@@ -63,10 +67,13 @@ class Zero3(Together):
         self._learning = [p for group in groups for p in group["params"]]  # now: DeepSpeed empties the groups
         self._engine, _ = accelerator.prepare(model.network, plain)
         model.engine = self._engine
-        return _EngineOptimizer(self._engine, plain_groups, self._learning)
+        return _EngineOptimizer(self._engine, plain_groups, self._learning, self.precision)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """DeepSpeed takes the mean over the processes, we the sum."""
+        """DeepSpeed takes the mean over the processes, we the sum. It multiplies by the loss scale, and divides again
+        when it steps."""
+        if self.precision.scale is not None:
+            self._engine.optimizer.override_loss_scale(self.precision.scale)
         self._engine.backward(loss * self.size)
 
     def clip_grad_norm_(self, optimizer: Any, max_norm: float) -> float:
@@ -74,7 +81,11 @@ class Zero3(Together):
         from deepspeed.utils import safe_get_local_grad
 
         squares = sum(float(safe_get_local_grad(p).double().square().sum()) for p in self._learning)
-        return float(self.total(squares)[0] ** 0.5)
+        return float(self.total(squares)[0] ** 0.5) / (self.precision.scale or 1.0)
+
+    def step(self, optimizer: Any) -> None:
+        optimizer.step()
+        self.precision.stepped()
 
     @contextmanager
     def whole(self, model: torch.nn.Module) -> Iterator[None]:
@@ -87,6 +98,11 @@ class Zero3(Together):
     def _count(self, model: torch.nn.Module) -> tuple[int, int]:
         parameters: list[Any] = list(model.parameters())
         return sum(p.ds_tensor.numel() + p.numel() for p in parameters), sum(p.ds_numel for p in parameters)
+
+
+def _computed_in(precision: Precision, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with precision.autocast():
+        return forward(*args, **kwargs)
 
 
 class _Engine:
@@ -107,8 +123,11 @@ class _Engine:
 class _EngineOptimizer:
     """DeepSpeed's optimizer with the face, and the saved state, of torch's AdamW over whole parameters."""
 
-    def __init__(self, engine: Any, saved_groups: list[dict[str, Any]], parameters: list[Any]) -> None:
+    def __init__(
+        self, engine: Any, saved_groups: list[dict[str, Any]], parameters: list[Any], precision: Precision
+    ) -> None:
         self._engine, self._saved_groups, self._parameters = engine, saved_groups, parameters
+        self._precision = precision
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -130,11 +149,12 @@ class _EngineOptimizer:
             number: {"step": step.clone(), **{key: full(p, key).clone() for key in _MOMENTS}}
             for number, p in enumerate(self._parameters)
         }
-        return {"state": state, "param_groups": self._saved_groups}
+        return self._precision.with_state({"state": state, "param_groups": self._saved_groups})
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         from deepspeed.utils import safe_set_local_optimizer_state
 
+        self._precision.take_state(saved)
         for piece in self._engine.optimizer.fp32_partitioned_groups_flat:
             # Before the first step there are no moments yet, and setting them would pass in silence.
             self._engine.optimizer.optimizer.state[piece] = {

@@ -173,6 +173,40 @@ def fork_ranks() -> Iterator[Callable[[dict[str, Any], int], list[list[Any]]]]:
     server.wait(20)
 
 
+class Ended(Exception):
+    """How the processes of a run ended that did not all end well: [exit code, what was said] of each."""
+
+    def __init__(self, processes: list[list[Any]]) -> None:
+        super().__init__(str(processes))
+        self.codes = [code for code, _ in processes]
+        self.said = [said for _, said in processes]
+
+
+@pytest.fixture
+def train_in(tmp_path: Path, tiny_llama: Path, rows_file: Path, fork_ranks: Any) -> Callable[..., Path]:
+    """train_in(name, strategy, count, **TuneSettings): train in forked processes, or in this one with strategy none.
+
+    What rank.py knows besides (kill_at, out_of_memory, ...) is taken out; model={...} and data={...} add to theirs.
+    """
+    more = ("out_of_memory", "overflow", "kill_at", "kill_rank", "holdings", "dtypes")
+
+    def start(name: str, strategy: str = "none", count: int = 1, **changed: Any) -> Path:
+        job = {key: changed.pop(key) for key in more if key in changed}
+        model = {"model_name_or_path": str(tiny_llama), "device": "cpu"} | changed.pop("model", {})
+        data = {"dataset": [str(rows_file)]} | changed.pop("data", {})
+        tune = for_type(changed) | changed | {"output_dir": str(tmp_path / name)}
+        if strategy == "none":
+            train(ModelSettings(**model), DataSettings(**data), TuneSettings(**tune))
+            return tmp_path / name
+        tune["distributed"] = {"strategy": strategy, "processes": count, "timeout_s": 60}
+        ended = fork_ranks(job | {"model": model, "data": data, "tune": tune}, count)
+        if any(code for code, _ in ended):
+            raise Ended(ended)
+        return tmp_path / name
+
+    return start
+
+
 # ---- ChatGLM in small
 
 LINES = [

@@ -5,6 +5,8 @@ usage: rank.py JSON, with the keys model, data, tune (settings), and optionally
 - kill_at: the process `kill_rank` ends by SIGKILL after that update
 - out_of_memory: {"rank": 1, "at": {"37": 2}, "in": "forward"}: that process has no memory left twice after update 37,
   in the middle of a layer
+- dtypes: a file for the formats in which linears computed in the last process
+- overflow: {"rank": 1, "at": {"3": 2}}: its gradients overflow twice after update 3
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from pingjia.data.settings import DataSettings
 from pingjia.models.settings import ModelSettings
-from pingjia.tune import Hooks, loop, relief, train
+from pingjia.tune import Hooks, loop, relief, train, zero3
+from pingjia.tune.distributed import Alone
 from pingjia.tune.launch import die_with_launcher
 from pingjia.tune.settings import TuneSettings
 
@@ -81,6 +85,26 @@ class OutOfMemory:
             raise torch.OutOfMemoryError(f"injected after update {self.step}")
 
 
+class Overflow:
+    """Makes gradients overflow in chosen updates, so many attempts long."""
+
+    def __init__(self, at: dict[str, int], ranks: type) -> None:
+        left, step = {int(key): count for key, count in at.items()}, -1
+        real_update, real_backward = loop.update, ranks.backward
+
+        def update(*args: Any, **kwargs: Any) -> object:
+            nonlocal step
+            step += 1
+            return real_update(*args, **kwargs)
+
+        def backward(self: Any, loss: torch.Tensor) -> None:
+            falls = left.get(step, 0) > 0
+            left[step] = left.get(step, 0) - 1
+            real_backward(self, loss * float("inf") if falls else loss)
+
+        loop.update, ranks.backward = update, backward
+
+
 def run(job: dict[str, Any]) -> None:
     rank = int(os.environ["RANK"])
     if "kill_at" in job and job["kill_rank"] == rank:
@@ -88,6 +112,13 @@ def run(job: dict[str, Any]) -> None:
     oom = job.get("out_of_memory")
     if oom and oom["rank"] == rank:
         OutOfMemory(oom["at"], oom.get("in", "forward"))
+    overflow = job.get("overflow")
+    if overflow and overflow["rank"] == rank:
+        Overflow(overflow["at"], zero3.Zero3 if job["tune"]["distributed"]["strategy"] == "zero3" else Alone)
+    seen: set[str] = set()
+    torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: seen.add(str(output.dtype)) if type(module) is torch.nn.Linear else None
+    )
     holdings: list = []
     train(
         ModelSettings(**job["model"]),
@@ -95,6 +126,8 @@ def run(job: dict[str, Any]) -> None:
         TuneSettings(**job["tune"]),
         hooks=Hooks(on_shared_out=holdings.extend),
     )
+    if rank and "dtypes" in job:
+        Path(job["dtypes"]).write_text(" ".join(sorted(seen)))
     if rank == 0 and "holdings" in job:
         with open(job["holdings"], "w", encoding="utf-8") as file:
             json.dump([[h.rank, h.num_parameters, h.num_all] for h in holdings], file)

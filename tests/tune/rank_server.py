@@ -6,6 +6,7 @@ one ends badly the others have ten seconds.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -22,10 +23,14 @@ from pingjia.errors import PingjiaError
 from pingjia.tune.launch import Layout, free_port
 
 PATIENCE_S = 10
+os.environ["DS_ACCELERATOR"] = "cpu"
+if importlib.util.find_spec("deepspeed") is not None:
+    import deepspeed  # noqa: F401  once here, not in every process
 
 
 def child(job: dict[str, Any], layout: Layout, number: int, said: Path) -> None:
     os.environ.update(layout.environment(number))
+    os.dup2(2, 1)  # libraries print
     code = 0
     try:
         rank.run(job)

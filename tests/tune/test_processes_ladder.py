@@ -25,32 +25,6 @@ RUN: dict[str, Any] = {
 Run = Callable[..., Path]
 
 
-@pytest.fixture
-def run(tmp_path: Path, tiny_llama: Path, rows_file: Path, settings: dict[str, Any], fork_ranks: Any) -> Run:
-    """run(name, strategy, count, out_of_memory=..., **tune): train in processes, or with strategy none here."""
-
-    def start(name: str, strategy: str = "none", count: int = 1, **changed: Any) -> Path:
-        job = {key: changed.pop(key) for key in ("out_of_memory", "kill_at", "kill_rank") if key in changed}
-        tune = settings | RUN | changed | {"output_dir": str(tmp_path / name)}
-        model = {"model_name_or_path": str(tiny_llama), "device": "cpu"}
-        data = {"dataset": [str(rows_file)]}
-        if strategy == "none":
-            train(ModelSettings(**model), DataSettings(**data), TuneSettings(**tune))
-            return tmp_path / name
-        tune["distributed"] = {"strategy": strategy, "processes": count, "timeout_s": 60}
-        ended = fork_ranks(job | {"model": model, "data": data, "tune": tune}, count)
-        failed = [(rank, said) for rank, (code, said) in enumerate(ended) if code]
-        if failed:
-            raise Ended(ended)
-        return tmp_path / name
-
-    return start
-
-
-class Ended(Exception):
-    """How processes ended of which one did not end well: [exit code, what was said] of each."""
-
-
 def losses(out: Path) -> list[float]:
     return [log.loss for log in read_log(out / "trainer_log.jsonl")]
 
@@ -63,11 +37,19 @@ def adapter(out: Path) -> bytes:
     return (out / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, rows_file: Path, settings: dict) -> Path:
+    """What one process learns that never runs out."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    model = ModelSettings(model_name_or_path=str(tiny_llama), device="cpu")
+    train(model, DataSettings(dataset=[str(rows_file)]), TuneSettings(**(settings | RUN | {"output_dir": str(out)})))
+    return out
+
+
 @pytest.mark.parametrize(("strategy", "count"), [("ddp", 2), ("ddp", 4), ("fsdp2", 2)])
-def test_all_step_down_together(run: Run, strategy: str, count: int) -> None:
+def test_all_step_down_together(train_in: Run, alone: Path, strategy: str, count: int) -> None:
     """One process runs out once at update 0 and twice at update 37."""
-    alone = run("alone")
-    out = run("out", strategy, count, out_of_memory={"rank": 1, "at": {"0": 1, "37": 2}})
+    out = train_in("out", strategy, count, **RUN, out_of_memory={"rank": 1, "at": {"0": 1, "37": 2}})
     assert losses(out) == pytest.approx(losses(alone), abs=1e-5)
     found = events(out)
     assert list(found) == [1, 38]
