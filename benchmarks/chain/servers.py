@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,7 +143,8 @@ class Nginx:
             "watch",
             [sys.executable, "-m", "pingjia.cli.main", "cluster", "nginx", "--consul", consul, "--service", service,
              "--out", str(self.file), "--scope", "main", "--listen", f"127.0.0.1:{self.port}",
-             "--set", f"run_dir={self.run_dir}", "--set", "worker_processes=1", "--set", "longest_answer_s=120"],
+             "--set", f"run_dir={self.run_dir}", "--set", "worker_processes=1", "--set", "longest_answer_s=120",
+             "--set", "show_replica=true"],
             netns=netns,
         )  # fmt: skip
         until(lambda: self.file.exists() or watcher.poll() is not None, "a file for nginx", 30.0)
@@ -158,6 +162,60 @@ class Nginx:
         return {member.name: member.weight for member in read_members(self.file.read_text())}
 
 
+class Wire:
+    """A way from a replica to Consul that can be cut: a TCP proxy in threads."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._to = (host, port)
+        self._is_cut = False
+        self._open: set[socket.socket] = set()
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """From now on nothing goes through, and new connections hang."""
+        self._is_cut = True
+        for one in list(self._open):
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        self._is_cut = False
+
+    def close(self) -> None:
+        self.cut()
+        self._server.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._server.accept()
+                threading.Thread(target=self._serve, args=(near,), daemon=True).start()
+
+    def _serve(self, near: socket.socket) -> None:
+        with near:
+            if self._is_cut:
+                time.sleep(1.0)
+                return
+            with suppress(OSError), socket.create_connection(self._to) as far:
+                self._open |= {near, far}
+                back = threading.Thread(target=self._copy, args=(far, near), daemon=True)
+                back.start()
+                self._copy(near, far)
+                back.join()
+                self._open -= {near, far}
+
+    @staticmethod
+    def _copy(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65_536):
+                sink.sendall(data)
+        for one in (source, sink):
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+
 class Replicas:
     """Stub replicas by name."""
 
@@ -173,14 +231,33 @@ class Replicas:
             told = StubSettings(**{**base.__dict__, **settings})
         else:
             port = settings.pop("port", None) or free_ports(1)[0]
-            told = StubSettings(port=port, name=name, consul=self.consul, **{**self.settings, **settings})
+            told = StubSettings(port=port, name=name, **{"consul": self.consul, **self.settings, **settings})
         self.given[name] = told
         process = self.processes.start(name, [sys.executable, str(HERE / "stub.py"), told.argument()], netns=netns)
         self.of[name] = process
+        self._note(name, process.pid, told)
         if wait:
             until(lambda: self._answers(told) or process.poll() is not None, f"{name} answering", 60.0)
             assert process.poll() is None, self.processes.log(name).read_text()[-3000:]
         return process
+
+    def _note(self, name: str, pid: int, told: StubSettings) -> None:
+        """For `restart.py`, which is run as an operator's command."""
+        note = {"pid": pid, "told": told.argument(), "log": str(self.processes.log(name))}
+        (self.processes.directory / f"{name}.json").write_text(json.dumps(note))
+
+    @property
+    def restart_command(self) -> str:
+        """What `pingjia cluster rollout --restart` takes."""
+        return f"{sys.executable} {HERE / 'restart.py'} {self.processes.directory} {{name}}"
+
+    def stop_restarted(self) -> None:
+        """End those that `restart.py` started."""
+        for name in self.of:
+            pid = json.loads((self.processes.directory / f"{name}.json").read_text())["pid"]
+            if pid != self.of[name].pid:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _answers(self, told: StubSettings) -> bool:
         try:

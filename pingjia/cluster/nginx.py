@@ -37,6 +37,8 @@ class NginxSettings(Section):
     run_dir: str = "/run"
     """Where pid and temporary files lie (scope main)."""
     scheme: Literal["http", "https"] = "http"
+    show_replica: bool = False
+    """Tell clients in X-Replica who answered (address:port); several when one could not be reached."""
 
     @field_validator("listen", "server_name", "run_dir")
     @classmethod

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pingjia.types import EngineStats
 
-_SMOOTH_S = 5.0  # seconds of computing after which an observation counts 63 %
+_SMOOTH_S = 3.0  # seconds of computing after which an observation counts 63 %
 _MIN_COMPUTE_S = 0.2  # less is too short to tell
 _LOWEST, _HIGHEST = 0.01, 4.0  # a start measured on a busy machine may have been too low; a dead one is not for us
 

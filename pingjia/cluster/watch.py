@@ -30,12 +30,15 @@ class Pace:
 
     members_s: float = 1.0
     weights_s: float = 10.0
-    """When only weights change."""
+    """When only weights change, and none by more than a fifth."""
 
     def due(self, members: Sequence[Replica], in_force: Sequence[Replica], reloaded_at: float) -> float:
         """The earliest time at which these may replace those in force."""
-        same = [m.authority for m in members] == [m.authority for m in in_force]
-        return reloaded_at + (self.weights_s if same else self.members_s)
+        before = {m.authority: m.weight for m in in_force}
+        is_small = before.keys() == {m.authority for m in members} and all(
+            abs(m.weight - before[m.authority]) <= 0.2 * before[m.authority] for m in members
+        )
+        return reloaded_at + (self.weights_s if is_small else self.members_s)
 
 
 class Watch:
