@@ -9,12 +9,14 @@ from typing import Annotated
 import typer
 
 from pingjia import recipe as recipes
+from pingjia.cli import compare
 from pingjia.cli.console import console
 from pingjia.cli.schema import Recipe
 from pingjia.cost.settings import CostSettings
 from pingjia.errors import DataError
 
 app = typer.Typer(help="What it cost.", no_args_is_help=True)
+app.command("compare")(compare.compare)
 
 
 @app.command("report")

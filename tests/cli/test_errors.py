@@ -36,7 +36,7 @@ def test_a_missing_recipe(pingjia: Pingjia, verb: str) -> None:
     refused(pingjia(verb, "nowhere.yaml"), "nowhere.yaml: no such recipe")
 
 
-@pytest.mark.parametrize("verb", ["train", "run", "eval"])
+@pytest.mark.parametrize("verb", ["train", "run"])
 def test_a_directory_instead_of_a_recipe(pingjia: Pingjia, verb: str, tmp_path: Path) -> None:
     refused(pingjia(verb, tmp_path), "is a directory; a recipe is one YAML file")
 
@@ -332,7 +332,7 @@ def test_without_debug_there_is_no_traceback() -> None:
 
 VERBS = [[], ["run"], ["train"], ["eval"], ["quality"], ["serve"], ["chat"], ["export"], ["doctor"], ["env"], ["version"],
          ["data"], ["data", "check"], ["data", "prepare"], ["data", "tokenizer"],
-         ["cost"], ["cost", "report"], ["quantize"], ["gateway"], ["worker"],
+         ["cost"], ["cost", "report"], ["cost", "compare"], ["quantize"], ["gateway"], ["worker"],
          ["keys"], ["keys", "create"], ["keys", "list"], ["keys", "revoke"], ["keys", "show-usage"],
          ["cluster"], ["cluster", "nginx"], ["cluster", "status"], ["cluster", "drain"], ["cluster", "rollout"],
          ["cluster", "plan"]]  # fmt: skip
