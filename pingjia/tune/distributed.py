@@ -33,7 +33,7 @@ from pingjia.models.device import collective_backend, has_fused_optimizer
 from pingjia.quant.bnb import is_packed_by_bnb
 from pingjia.tune.frozen import layers_of
 from pingjia.tune.ladder import HALF, INT4, INT8
-from pingjia.tune.launch import RANK, WORLD_SIZE, is_rank
+from pingjia.tune.launch import LOST, RANK, WORLD_SIZE, is_rank
 from pingjia.tune.precision import PLAIN, Precision, pick_precision
 from pingjia.tune.relief import is_out_of_memory
 from pingjia.tune.settings import DistributedSettings, TuneSettings
@@ -442,11 +442,42 @@ def _require_for_zero3(settings: TuneSettings) -> None:
 def joined(settings: TuneSettings, device: torch.device) -> Iterator[Alone]:
     """While open, this is one of the run's processes, or the only one.
 
-    After an error nobody waits for the others: they fail as soon as they miss this one.
+    After an error nobody waits for the others: they fail as soon as they miss this one, with a TrainingError that says
+    so.
     """
-    ranks = _join(settings, device)
-    yield ranks
-    ranks.leave()
+    try:
+        ranks = _join(settings, device)
+        yield ranks
+        ranks.leave()
+    except RuntimeError as e:  # DistError too
+        if not is_loss(e):
+            raise
+        raise TrainingError(
+            f"{LOST} ({_short(e)}): that one was ended, or its machine or the network failed. The output of the "
+            "launcher on its machine says which; the same command goes on from the last checkpoint"
+        ) from None
+
+
+_LOSSES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "Socket Timeout",
+    "Timed out waiting",
+    "Timed out after",
+    "Remote process has terminated",  # NCCL's remote error
+)
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error says that another process does not answer any more."""
+    return any(text in str(error) for text in _LOSSES)
+
+
+def _short(error: BaseException) -> str:
+    """Its first line, without the place in the library."""
+    return str(error).splitlines()[0].rpartition("] ")[2] if "gloo" in str(error) else str(error).splitlines()[0]
 
 
 def _join(settings: TuneSettings, device: torch.device) -> Alone:

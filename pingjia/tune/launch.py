@@ -30,6 +30,7 @@ _DEFAULT_PORT = 29500  # what torchrun takes
 _GRACE_S = 3.0  # from SIGTERM to SIGKILL
 _AFTERMATH_S = 1.0  # the others notice a lost peer at once; who was first is seen by how it ended
 _PR_SET_PDEATHSIG = 1
+LOST = "the connection to another process was lost"  # how the error begins of those that only lost a peer
 STOPPED = 130  # exit code of a run that was asked to stop, and has saved
 
 
@@ -130,7 +131,7 @@ def launch(command: Sequence[str], layout: Layout, on_start: Callable[[], None] 
             with _passing_signals_on(processes):
                 for local, error in enumerate(errors):
                     processes.append(_start(command, layout, local, error, started))
-                failed = _wait(processes, _Once(started.exists, on_start))
+                failed = _wait(processes, errors, _Once(started.exists, on_start))
                 _end(processes)
             if failed is not None:
                 raise TrainingError(_what_failed(layout.first + failed, layout, processes[failed], errors[failed]))
@@ -167,27 +168,29 @@ def _start(
     )
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], watch: Callable[[], None]) -> int | None:
+def _wait(
+    processes: Sequence[subprocess.Popen[bytes]], errors: Sequence[IO[str]], watch: Callable[[], None]
+) -> int | None:
     """Until all have ended (None), or until one has ended badly (its place)."""
     while True:
         codes = [process.poll() for process in processes]
         watch()
         if any(code not in (None, 0, STOPPED) for code in codes):
-            return _cause(processes)
+            return _cause(processes, errors)
         if None not in codes:
             return None
         time.sleep(0.05)
 
 
-def _cause(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+def _cause(processes: Sequence[subprocess.Popen[bytes]], errors: Sequence[IO[str]]) -> int:
     """Of those that ended badly, the one to blame: killed from outside, then an error of the user's, then one of ours.
-    Those that only lost their peers come last: gloo ends them by SIGABRT."""
+    Those that only lost their peers come last: they say so, or gloo ends them by SIGABRT."""
     time.sleep(_AFTERMATH_S)
     bad = [place for place, process in enumerate(processes) if process.poll() not in (None, 0, STOPPED)]
 
     def blame(place: int) -> int:
         code = processes[place].returncode
-        if code == -signal.SIGABRT:
+        if code == -signal.SIGABRT or LOST in _said(errors[place]):
             return 3
         return 0 if code < 0 else {2: 1}.get(code, 2)
 
@@ -213,11 +216,15 @@ def _what_failed(rank: int, layout: Layout, process: subprocess.Popen[bytes], er
         name = signal.Signals(-process.returncode).name
         more = "; the system may have run out of memory" if name == "SIGKILL" else ""
         return f"{who} was ended by {name}{more}. The same command goes on from the last checkpoint"
+    return f"{who}: {_said(error) or f'ended with exit code {process.returncode}'}"
+
+
+def _said(error: IO[str]) -> str:
+    """The last error of a process, or the end of what it said."""
     error.seek(0)
     lines = [line.rstrip() for line in error if line.strip()]
     said = [i for i, line in enumerate(lines) if line.startswith(("error: ", "internal error: "))]
-    text = "\n".join(lines[said[-1] :] if said else lines[-20:]).removeprefix("error: ")
-    return f"{who}: {text or f'ended with exit code {process.returncode}'}"
+    return "\n".join(lines[said[-1] :] if said else lines[-20:]).removeprefix("error: ")
 
 
 @contextmanager

@@ -173,20 +173,12 @@ def fork_ranks() -> Iterator[Callable[[dict[str, Any], int], list[list[Any]]]]:
     server.wait(20)
 
 
-class Ended(Exception):
-    """How the processes of a run ended that did not all end well: [exit code, what was said] of each."""
-
-    def __init__(self, processes: list[list[Any]]) -> None:
-        super().__init__(str(processes))
-        self.codes = [code for code, _ in processes]
-        self.said = [said for _, said in processes]
-
-
 @pytest.fixture
 def train_in(tmp_path: Path, tiny_llama: Path, rows_file: Path, fork_ranks: Any) -> Callable[..., Path]:
     """train_in(name, strategy, count, **TuneSettings): train in forked processes, or in this one with strategy none.
 
     What rank.py knows besides (kill_at, out_of_memory, ...) is taken out; model={...} and data={...} add to theirs.
+    Where they do not all end well: ChildProcessError([[exit code, what was said], ...]).
     """
     more = ("out_of_memory", "overflow", "kill_at", "kill_rank", "holdings", "dtypes")
 
@@ -201,7 +193,7 @@ def train_in(tmp_path: Path, tiny_llama: Path, rows_file: Path, fork_ranks: Any)
         tune["distributed"] = {"strategy": strategy, "processes": count, "timeout_s": 60}
         ended = fork_ranks(job | {"model": model, "data": data, "tune": tune}, count)
         if any(code for code, _ in ended):
-            raise Ended(ended)
+            raise ChildProcessError(ended)
         return tmp_path / name
 
     return start
