@@ -201,7 +201,7 @@ class Sampling:
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        for field, low, high in _RANGES:
+        for field, low, high in RANGES:
             value = getattr(self, field)
             if not low <= value <= high:  # also refuses NaN
                 raise RequestError(f"{field} must be between {low} and {high}, not {value}", param=field)
@@ -235,7 +235,7 @@ def _checked_bias(bias: Mapping[int, float] | tuple[tuple[int, float], ...]) -> 
     return pairs
 
 
-_RANGES: tuple[tuple[str, float, float], ...] = (
+RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_tokens", 1, 1_000_000),
     ("temperature", 0.0, 2.0),
     ("top_p", 1e-9, 1.0),
@@ -247,6 +247,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("n", 1, 16),
     ("min_tokens", 0, 1_000_000),
 )
+"""(field, least, most) of `Sampling`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ from pingjia.gateway.body_limit import BodyLimit
 from pingjia.gateway.files import FileStore, state_dir
 from pingjia.gateway.jobs import Jobs
 from pingjia.gateway.no_tokenizer import NoTokenizer
+from pingjia.gateway.openapi import complete
 from pingjia.gateway.request_id import RequestId
 from pingjia.gateway.response_headers import ResponseHeaders
 from pingjia.gateway.roads import Roads, limits_of
@@ -165,5 +166,5 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         pairs: Any = [(model, "serialization") for model in routes.STREAMED]
         _, definitions = models_json_schema(pairs, ref_template="#/components/schemas/{model}")
         schema["components"]["schemas"] = {**definitions["$defs"], **schema["components"]["schemas"]}
-        app.openapi_schema = schema
+        app.openapi_schema = complete(schema)
     return app.openapi_schema

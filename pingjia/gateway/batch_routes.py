@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import Field
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.responses import FileResponse
 
 from pingjia.errors import RequestError, StorageError
-from pingjia.gateway.batches import Batch, Batches
+from pingjia.gateway.batches import ENDPOINTS, Batch, Batches
 from pingjia.gateway.bodies import Body
 from pingjia.gateway.files import FileRecord, FileStore
 from pingjia.gateway.responses import Out
@@ -50,7 +51,7 @@ class BatchBody(Body):
     """POST /v1/batches."""
 
     input_file_id: str
-    endpoint: str = Field(description="/v1/chat/completions or /v1/completions; the lines' own url is not read")
+    endpoint: str = Field(description="the lines' own url is not read", json_schema_extra={"enum": list(ENDPOINTS)})
     completion_window: Literal["24h"] | None = None
     metadata: dict[str, str] | None = None
 
@@ -144,8 +145,9 @@ async def upload_file(request: Request) -> FileOut:
                 raise RequestError("file: missing; send one file", param="file")
             owner = caller_of(request).key.owner
             return _file_out(await _files(request).upload(owner, upload.filename or "batch.jsonl", _pieces(upload)))
-    except MultiPartException as e:
-        raise RequestError(f"the form cannot be read: {e.message}", param="file", code="invalid_body") from None
+    except (MultiPartException, HTTPException) as e:  # starlette makes the second of the first
+        why = e.message if isinstance(e, MultiPartException) else e.detail
+        raise RequestError(f"the form cannot be read: {why}", param="file", code="invalid_body") from None
     except OSError as e:  # the part of a large form that lies on disk while it is read
         raise StorageError(f"the file could not be kept: {e.strerror}") from None
 
@@ -187,7 +189,7 @@ async def create_batch(body: BatchBody, request: Request) -> BatchOut:
     return _batch_out(batch)
 
 
-@router.get("/v1/batches", responses=errors_of(401, 500))
+@router.get("/v1/batches", responses=errors_of(400, 401, 500))
 async def list_batches(
     request: Request, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str | None = None
 ) -> BatchList:

@@ -20,7 +20,7 @@ class Purged(Out):
     num_answers: int
 
 
-@router.delete("/v1/cache", responses=errors_of(401, 403, 500))
+@router.delete("/v1/cache", responses=errors_of(400, 401, 403, 500))
 async def purge_cache(
     request: Request,
     key: Annotated[str | None, Query(description="id of the key whose answers go; its own without")] = None,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
@@ -29,6 +29,7 @@ from pingjia.errors import (
     UpstreamBusy,
     UpstreamFailed,
 )
+from pingjia.gateway.openapi import methods_of
 from pingjia.queue.policy import ShareExceeded
 from pingjia.queue.protocol import QueueLost
 
@@ -216,17 +217,18 @@ async def _on_error(request: Request, exc: Exception) -> Response:
 
 async def _on_http_exception(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
-    failure = _describe_routing(exc, request.method, request.url.path)
+    allowed = methods_of(request.app.openapi(), request.url.path) if exc.status_code == 405 else ()
+    failure = _describe_routing(exc, request.method, request.url.path, allowed)
     return JSONResponse(failure.envelope(), status_code=failure.status, headers=dict(failure.headers))
 
 
-def _describe_routing(exc: HTTPException, method: str, path: str) -> Failure:
-    headers = dict(exc.headers or {})
+def _describe_routing(exc: HTTPException, method: str, path: str, allowed: Sequence[str]) -> Failure:
+    """`allowed`: all methods of the path; the router itself names those of the first endpoint it comes across."""
+    headers = {"allow": ", ".join(allowed)} if allowed else {}
     if exc.status_code == 404:
         message, code = f"{path}: no such endpoint; GET /openapi.json lists them", "unknown_endpoint"
     elif exc.status_code == 405:
-        allowed = next((value for name, value in headers.items() if name.lower() == "allow"), "another method")
-        message, code = f"{path}: {method} is not allowed here; use {allowed}", "method_not_allowed"
+        message, code = f"{path}: {method} is not allowed here; use {' or '.join(allowed)}", "method_not_allowed"
     else:  # FastAPI's word for a body that is neither JSON nor UTF-8, or is nested too deeply
         message, code = "the body cannot be read as JSON", "invalid_json"
     return Failure(exc.status_code, _clean(message), "invalid_request_error", code, headers=headers)
