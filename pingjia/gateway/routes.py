@@ -59,9 +59,13 @@ def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def events_of(schema: type) -> dict[int | str, dict[str, Any]]:
-    about = f"with stream: true; every event is one {schema.__name__}, the last one is [DONE]"
-    ref = {"$ref": f"#/components/schemas/{schema.__name__}"}
-    return {200: {"description": "the answer", "content": {"text/event-stream": {"schema": ref, "x-events": about}}}}
+    """What the OpenAPI document says of a streamed answer: each event, as its 3.1 has it."""
+    chunk, envelope = ({"$ref": f"#/components/schemas/{name}"} for name in (schema.__name__, ErrorEnvelope.__name__))
+    json_text = {"type": "string", "contentMediaType": "application/json"}
+    data = [{**json_text, "contentSchema": {"anyOf": [chunk, envelope]}}, {"const": "[DONE]", "description": "the end"}]
+    event = {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": data}}}
+    about = "the answer; with stream: true as events, with comments in between as a sign of life"
+    return {200: {"description": about, "content": {"text/event-stream": {"schema": event}}}}
 
 
 STREAMED = (ChatChunk,)

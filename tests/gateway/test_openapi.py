@@ -21,6 +21,8 @@ def declared(document, method, path, status, kind="application/json"):
     """The response model declared for a status."""
     responses_ = document["paths"][path][method]["responses"]
     schema = responses_[str(status)]["content"][kind]["schema"]
+    if kind == "text/event-stream":
+        schema = schema["properties"]["data"]["anyOf"][0]["contentSchema"]["anyOf"][0]
     return MODELS[schema["$ref"].rsplit("/", 1)[1]]
 
 
@@ -131,7 +133,7 @@ def test_the_key_scheme_is_declared_only_where_keys_are_required(start):
 
 def test_request_fields_are_declared_with_their_types(document):
     fields = document["components"]["schemas"]["ChatBody"]["properties"]
-    assert {"type": "number"} in fields["temperature"]["anyOf"]
+    assert {"type": "number", "minimum": 0.0, "maximum": 2.0} in fields["temperature"]["anyOf"]
     assert document["components"]["schemas"]["ChatBody"]["required"] == ["messages"]
     assert {"response_format", "logit_bias"} < set(fields)
     assert {"tools", "tool_choice"} < set(fields)
