@@ -35,7 +35,7 @@ demo: setup
 
 $(VENV)/.ready-test: $(VENV)/.ready tests/debian-packages.txt
 	@sh tests/install-debian-packages.sh tests/debian-packages.txt
-	$(BIN)/pip install --quiet --editable ".[model,bnb,data,ray,track,distributed,redis,demo,conformance,dev]"
+	$(BIN)/pip install --quiet --editable ".[model,bnb,data,ray,track,distributed,redis,otel,demo,conformance,dev]"
 	@touch $@
 
 # One thread: on a busy machine two threads can be six times slower on tiny networks.

@@ -17,6 +17,8 @@ from pingjia.queue.job import Rank
 
 WEIGHTS: Mapping[str, float] = {"high": 64.0, "normal": 8.0, "low": 1.0}
 _MAX_RETRY_S = 600.0
+_SLACK_NEW = 1.35  # estimated waits turn out longer: paces vary, and a seat is empty between two answers
+_SLACK_BACK = 1.1  # who comes back when told finds more room than a newcomer
 _EARLY_S = 1.0  # Retry-After has whole seconds, and clients are not exact
 _LATE = 1.25
 _MAX_LINE = 10  # promises a tenant may have open, in shares of the queue; beyond it no memory is spent
@@ -112,14 +114,17 @@ class Load:
                 ahead += min(units, own * WEIGHTS[other] / WEIGHTS[rank])
         return ahead
 
-    def answer_s(self, rank: Rank, cost: int) -> float | None:
-        """Seconds until such a request would be answered, from the measured pace; None when nothing was measured."""
-        if self.units_per_s is None or self.num_seats == 0:
+    def wait_s(self, rank: Rank, cost: int) -> float | None:
+        """Seconds until such a request would be begun, from the measured pace; None when nothing was measured."""
+        if not self.units_per_s or self.num_seats == 0:
             return None
         ahead = self.units_ahead(rank, cost)
         is_full = ahead > 0 or self.num_waiting > 0
-        begun = (ahead + (self.units_running / 2 if is_full else 0)) / self.units_per_s
-        return begun + cost * self.num_seats / self.units_per_s
+        return (ahead + (self.units_running / 2 if is_full else 0)) / self.units_per_s
+
+    def compute_s(self, cost: int) -> float:
+        """Seconds that its answer takes then."""
+        return cost * self.num_seats / self.units_per_s if self.units_per_s else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +213,8 @@ class Gate:
         """Return if the wish can be kept. Raises Overloaded or ShareExceeded with the time to come back."""
         self._promises.forget(now)
         is_awaited = self._promises.redeem(wish.mark, now)
-        refusal = self._judge(load if is_awaited else self._seen_by_newcomer(load), wish)
+        seen, slack = (load, _SLACK_BACK) if is_awaited else (self._seen_by_newcomer(load), _SLACK_NEW)
+        refusal = self._judge(seen, wish, slack)
         if refusal is None:
             return
         kind, text = refusal
@@ -227,7 +233,7 @@ class Gate:
             return max(1.0, most * _KEYED_SHARE)
         return max(1.0, most / load.num_tenants)
 
-    def _judge(self, load: Load, wish: Wish) -> tuple[type[Overloaded], str] | None:
+    def _judge(self, load: Load, wish: Wish, slack: float) -> tuple[type[Overloaded], str] | None:
         limits, share = self.limits, self.share(load, wish.tenant)
         too_many = load.num_waiting + wish.num > limits.max_requests
         if too_many or load.units_waiting + wish.units > limits.max_units:
@@ -235,8 +241,9 @@ class Gate:
         if load.tenant_num + wish.num > share:
             text = f"this key has {load.tenant_num} requests waiting, and its share of the queue is {share:.0f} now"
             return ShareExceeded, text
-        needed_s = load.answer_s(wish.rank, wish.largest)
-        if needed_s is not None and needed_s > wish.deadline_s:
+        wait_s, compute_s = load.wait_s(wish.rank, wish.largest), load.compute_s(wish.largest)
+        if wait_s is not None and wait_s * slack + compute_s > wish.deadline_s:
+            needed_s = wait_s + compute_s
             text = (
                 f"an answer would take about {needed_s:.0f} s at the measured pace and may take {wish.deadline_s:.0f}"
             )
@@ -272,9 +279,10 @@ class Gate:
             load.units_waiting + wish.units - limits.max_units,
             over_share * load.tenant_units / max(1, load.tenant_num) * load.num_tenants,
         ]
-        needed_s = load.answer_s(wish.rank, wish.largest)
-        if needed_s is not None:
-            excess.append((needed_s - wish.deadline_s) * (load.units_per_s or 0.0))
+        wait_s = load.wait_s(wish.rank, wish.largest)
+        if wait_s is not None:
+            may_wait_s = (wish.deadline_s - load.compute_s(wish.largest)) / _SLACK_BACK
+            excess.append((wait_s - may_wait_s) * (load.units_per_s or 0.0))
         return max(excess)
 
 

@@ -19,6 +19,7 @@ log = logging.getLogger("pingjia.queue")
 _WAIT_S = 1.0
 _RECOVER_S = 0.2
 _LOOK_S = 0.1
+_SENDS_PER_S = 400  # of all answers together: each piece costs the server and every gateway about a millisecond
 
 
 class Puller:
@@ -118,13 +119,12 @@ class Puller:
     async def _relay(self, claim: Claim) -> None:
         """Chunks that come while others are being sent go together with the next."""
         news: asyncio.Queue[Chunk | End] = asyncio.Queue()
+        sent_at = -1e9
         pump = asyncio.create_task(self._pump(claim, news))
         seq, num_tokens = 0, 0
         try:
             while True:
-                items = [await news.get()]
-                while not news.empty():
-                    items.append(news.get_nowait())
+                items = await _gather(news, until=sent_at + len(self._running) / _SENDS_PER_S, clock=self._clock)
                 chunks = tuple(item for item in items if isinstance(item, Chunk))
                 num_tokens = max(num_tokens + sum(len(c.token_ids) for c in chunks), *(_counted(c) for c in chunks), 0)
                 seq += 1
@@ -132,6 +132,7 @@ class Puller:
                 if isinstance(last, End):
                     await self._end(claim, seq, chunks, last, claim.job.request.num_prompt + num_tokens)
                     return
+                sent_at = self._clock()
                 if not await self._queue.publish(claim, seq, chunks):
                     return
         finally:
@@ -198,6 +199,20 @@ class Puller:
 def _counted(chunk: Chunk) -> int:
     """Tokens of the answer where its server tells their number only."""
     return 0 if chunk.usage is None else chunk.usage.completion_tokens
+
+
+async def _gather(news: asyncio.Queue[Chunk | End], *, until: float, clock: Callable[[], float]) -> list[Chunk | End]:
+    """What came: at least one item, and all up to a time on the clock, or up to the end."""
+    items = [await news.get()]
+    while True:
+        while not news.empty():
+            items.append(news.get_nowait())
+        left_s = until - clock()
+        if left_s <= 0 or isinstance(items[-1], End):
+            return items
+        with suppress(TimeoutError):
+            async with asyncio.timeout(left_s):
+                items.append(await news.get())
 
 
 def _broken(last: Chunk) -> End:

@@ -44,6 +44,7 @@ log = logging.getLogger("pingjia.queue")
 _LOST = (ConnectionError, TimeoutError, BusyLoadingError, ReadOnlyError, OSError)
 _RANKS = ("high", "normal", "low")
 _BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+_GATHER_S = 0.005  # notices that come one upon another are followed together
 _SWEEP_S = 1.0  # followers look by themselves this often, should a notice be lost
 _MAX_CONNECTIONS = 32
 
@@ -289,10 +290,13 @@ class _Followers:
                 await asyncio.sleep(_BACKOFF_S[2])
 
     async def _read_always(self) -> None:
+        read_at = -1e9
         while True:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _SWEEP_S)
+            await asyncio.sleep(max(0.0, read_at + _GATHER_S - monotonic()))
             self._wake.clear()
+            read_at = monotonic()
             dirty = self._dirty or set(self._queues)
             self._dirty = set()
             try:

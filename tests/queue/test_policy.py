@@ -96,8 +96,23 @@ def test_what_is_taken_on_fits_and_can_be_in_time(load, wish):
     assert load.num_waiting + wish.num <= 20
     assert load.units_waiting + wish.units <= 12_000
     assert load.tenant_num + wish.num <= gate.share(load, wish.tenant)
-    needed = load.answer_s(wish.rank, wish.largest)
-    assert needed is None or needed <= wish.deadline_s
+    wait_s = load.wait_s(wish.rank, wish.largest)
+    assert wait_s is None or wait_s + load.compute_s(wish.largest) <= wish.deadline_s
+
+
+@given(st.floats(1.0, 50.0), st.floats(0.0, 100.0))
+def test_who_comes_back_finds_more_room_than_a_newcomer(pace, late_s):
+    """When told, a request is let in where an equal one that comes for the first time is not."""
+    units = {"normal": int(30 * pace)}
+    full = Load(9, units, 9, units["normal"], num_seats=1, units_per_s=pace)
+    gate, wish = Gate(Limits()), Wish("", "normal", 1, 10, 10, 20.0 + 10 / pace, 1)
+    when = refuse(gate, full, wish, 0.0)
+    assert when >= 10.0
+    left = int(18 * pace)
+    reduced = Load(9, {"normal": left}, 9, left, num_seats=1, units_per_s=pace)
+    late_s = min(late_s, 0.2 * when)
+    refuse(gate, reduced, Wish("", "normal", 1, 10, 10, 20.0 + 10 / pace, 2), when + late_s)
+    gate.check(reduced, wish, when + late_s)
 
 
 @given(LOADS, COSTS)
@@ -160,8 +175,9 @@ def test_one_key_leaves_room_for_the_next():
 
 def test_an_idle_machine_takes_what_one_answer_takes():
     load = Load(num_seats=4, units_per_s=40.0)
-    assert load.answer_s("normal", 100) == pytest.approx(10.0)
-    assert Load(num_seats=4).answer_s("normal", 100) is None
+    assert (load.wait_s("normal", 100), load.compute_s(100)) == (0.0, pytest.approx(10.0))
+    Gate(Limits()).check(load, Wish("", "normal", 1, 100, 100, 10.001), 0.0)
+    assert Load(num_seats=4).wait_s("normal", 100) is None
 
 
 def test_pace_is_units_by_seconds():
