@@ -66,7 +66,8 @@ class Arm:
 
     def __init__(self, name: str, folder: Path, args: argparse.Namespace, continual: dict[str, Any]) -> None:
         self.name, self._folder, self._args, self._continual = name, folder, args, continual
-        self.blocked: list[dict[str, str]] = []
+        self._noted = folder / f"{name}.blocked.json"  # so that an experiment that goes on knows of it
+        self.blocked: list[dict[str, str]] = json.loads(self._noted.read_text("utf-8")) if self._noted.exists() else []
         self.seconds = 0.0
 
     def run(self, first: Path) -> dict[str, Any]:
@@ -95,7 +96,8 @@ class Arm:
         code, words = train(recipe)
         self.seconds += time.perf_counter() - started
         if code == 2 and "not promoted" in words:
-            self.blocked.append({"stage": task, "why": words[words.index("not promoted") :].strip()})
+            self.blocked.append({"stage": task, "why": words[words.rindex("not promoted") :].strip()})
+            self._noted.write_text(json.dumps(self.blocked, ensure_ascii=False), encoding="utf-8")
             recipe["continual"]["min_retention"] = 0.0
             code, words = train(recipe)
         if code:
