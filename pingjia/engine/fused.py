@@ -4,8 +4,7 @@ For packed networks on the CPU whose every module is known (fused_network.py); t
 are rounded to int8 in every product, as in all products with packed weights here. A row's result depends on its own
 sequence only, in bits too, so answers are the same whoever shares the step.
 
-Shapes: T tokens of the step, S slices (one row of logits each), H hidden, V vocabulary, I and O width of a linear,
-R rank, G columns of a group.
+Shapes: T tokens of the step, S slices (one row of logits each), H hidden, V vocabulary, G columns of a group.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -20,11 +20,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pingjia.engine import fused_abi as abi
+from pingjia.engine.fused_adapters import FusedLora, fuse
 from pingjia.engine.fused_kv import FusedPool
 from pingjia.engine.fused_network import Block, CannotFuseError, Description, describe, linear_of
 from pingjia.engine.lora import AdaptedLinear, AdapterRows, LoraWeights
 from pingjia.engine.sequence import Slice
-from pingjia.engine.token_rows import AdaptedHead, bare
+from pingjia.engine.token_rows import AdaptedHead, AdaptedTable, bare
 from pingjia.models.family import Family, arange_positions
 from pingjia.quant import kernels, prepare_for_inference
 from pingjia.quant.formats import PackedLinear
@@ -71,6 +72,7 @@ class FusedRunner:
         self._description = description
         self._library = abi.library()
         self._numbers: dict[str, int] = {}
+        self._adapters: dict[str, dict[str, FusedLora]] = {}
         self._memory = abi.Memory()
         self._network = _network(model, description, pool, self._memory)
         _set_head(self._network, model, quantize_head, self._memory)
@@ -84,11 +86,12 @@ class FusedRunner:
 
     def adapters_changed(self) -> None:
         """Take up the adapters that are attached to the network now. Not during a step."""
-        linears = {n: m for n, m in self._model.named_modules() if isinstance(m, AdaptedLinear)}
-        keys = sorted({key for linear in linears.values() for key in linear.weights})
-        self._numbers = {key: number for number, key in enumerate(keys)}
+        attached = _attached(self._model)
+        known = self._adapters
+        self._adapters = {key: known.get(key) or fuse(weights) for key, weights in attached.items()}
+        self._numbers = {key: number for number, key in enumerate(self._adapters)}
         self._layer_memory = abi.Memory()
-        layers = _Layers(self._model, self._pool, self._numbers, self._layer_memory)
+        layers = _Layers(self._model, self._pool, list(self._adapters.values()), self._layer_memory)
         self._network.layers = layers.array(self._description.blocks)
         self._network.num_layers = len(self._description.blocks)
         if self._handle:
@@ -98,7 +101,7 @@ class FusedRunner:
     @torch.inference_mode()
     def run(self, slices: list[Slice]) -> torch.Tensor:
         """Compute the slices; return the logits after the last token of each, in the order given; see Runner.run."""
-        with self._adapter_rows.set(slices, slices, self._pool.device):
+        with self._adapter_rows.set(slices, slices, self._pool.device) if self._has_tables() else nullcontext():
             x_TH = self._model.get_input_embeddings()(_token_ids(slices)).float().contiguous()
             step = _StepArrays(slices, x_TH, self._network.vocab, self._numbers, self._positions(slices))
             if not self._library.pj_forward_run(self._handle, ctypes.addressof(step.struct)):
@@ -122,6 +125,11 @@ class FusedRunner:
             return None
         parts = [positions(config, p.sequence.tokens, p.start, p.stop).reshape(-1, p.num_tokens) for p in slices]
         return np.ascontiguousarray(torch.cat(parts, dim=1).numpy(), dtype=np.int32)
+
+    def _has_tables(self) -> bool:
+        """Whether any adapter brings rows of the embedding or the head along; only they ask whose row is whose."""
+        tables = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+        return any(isinstance(table, AdaptedTable) for table in tables)
 
     def _has_token_rows(self, slices: list[Slice]) -> bool:
         head = self._model.get_output_embeddings()
@@ -251,11 +259,23 @@ def _head_tiles(weight_VH: torch.Tensor) -> Tiles:
     return Tiles.of(stored.view(rows, columns), scale.view(rows, -1).half(), 8)
 
 
+def _attached(model: PreTrainedModel) -> dict[str, dict[str, LoraWeights]]:
+    """Adapter key -> module path -> its matrices."""
+    found: dict[str, dict[str, LoraWeights]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            for key, lora in module.weights.items():
+                found.setdefault(key, {})[path] = lora
+    return found
+
+
 class _Layers:
     """Makes the array of layers, with the adapters that are attached now."""
 
-    def __init__(self, model: PreTrainedModel, pool: FusedPool, numbers: dict[str, int], memory: abi.Memory) -> None:
-        self._model, self._pool, self._numbers, self._memory = model, pool, numbers, memory
+    def __init__(
+        self, model: PreTrainedModel, pool: FusedPool, adapters: list[dict[str, FusedLora]], memory: abi.Memory
+    ) -> None:
+        self._model, self._pool, self._adapters, self._memory = model, pool, adapters, memory
 
     def array(self, blocks: Iterable[Block]) -> int | None:
         """Where the C array begins."""
@@ -285,23 +305,7 @@ class _Layers:
         return abi.CLinear(_matrix(linear.tiles, linear.bias, self._memory), self._memory.array(loras), len(loras))
 
     def _loras(self, path: str) -> list[abi.CLora]:
-        module = self._model.get_submodule(path)
-        weights = module.weights if isinstance(module, AdaptedLinear) else {}
-        return [self._lora(self._numbers[key], lora) for key, lora in weights.items()]
+        return [self._lora(number, loras[path]) for number, loras in enumerate(self._adapters) if path in loras]
 
-    def _lora(self, number: int, lora: LoraWeights) -> abi.CLora:
-        rank, (inputs, outputs) = lora.a_RI.shape[0], (lora.a_RI.shape[1], lora.b_OR.shape[0])
-        ranks = -(-rank // 4) * 4
-        a, a_size = _as_halves(lora.a_RI, ranks, -(-inputs // 16) * 16)
-        b, b_size = _as_halves(lora.b_OR.T, ranks, -(-outputs // 16) * 16)
-        a = a.view(ranks // 4, 4, -1, 16).transpose(1, 2).contiguous()
-        b = b.view(ranks, -1, 16).transpose(0, 1).contiguous()
-        return abi.CLora(number, ranks, self._memory.pointer(a), self._memory.pointer(b), a_size * b_size)
-
-
-def _as_halves(matrix: torch.Tensor, rows: int, columns: int) -> tuple[torch.Tensor, float]:
-    """A matrix padded with zeros as float16 of at most 1, and its factor: half an adapter's memory, 0.05 % off."""
-    size = float(matrix.abs().max()) or 1.0
-    padded = torch.zeros(rows, columns, dtype=torch.float16)
-    padded[: matrix.shape[0], : matrix.shape[1]] = matrix / size
-    return padded, size
+    def _lora(self, number: int, lora: FusedLora) -> abi.CLora:
+        return abi.CLora(number, lora.rank, self._memory.pointer(lora.a), self._memory.pointer(lora.b), lora.factor)

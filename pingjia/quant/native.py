@@ -59,7 +59,7 @@ class Tiles:
         group = m if scale.dim() == 1 else -(-m // scale.shape[1])
         if group < m and group % 32:
             raise ModelError(f"groups of {group} columns: the kernels take multiples of 32")
-        tiles = _empty(kernels.library().pj_tile_bytes(bits, n, m))
+        tiles = empty_bytes(kernels.library().pj_tile_bytes(bits, n, m))
         plain = weight_NP.detach().contiguous()
         kernels.library().pj_pack(bits, _order(plain.dtype), n, m, plain.data_ptr(), tiles.data_ptr())
         kinds = (weight_NP.dtype, scale.dtype, scale.dim() == 1)
@@ -126,7 +126,7 @@ class Tiles:
         return packed_matmul(x, self.tiles, self.scales, bias, *self.layout, bits)
 
 
-def _empty(num_bytes: int) -> torch.Tensor:
+def empty_bytes(num_bytes: int) -> torch.Tensor:
     """uint8, in pages of 2 MB where the system has them: every product reads all of a matrix, and with pages of 4 KB a
     quarter of the time goes into finding them."""
     if num_bytes < _MANY_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):

@@ -94,17 +94,11 @@ struct Pass {
   bool last;         // they are the step's outputs
 };
 
-// y [rows, all outputs of the group] (+)= group(x)
-void product(const Pass& pass, const LinearGroup& group, const float* x, int64_t x_stride, float* y, bool accumulate) {
-  const int64_t stride = width_of(group);
-  const Matrix& first = *group.linears->matrix;
-  quantize_activations(x, pass.num_rows, first.m, x_stride, *pass.space.quantized, first.bits == 8);
-  int64_t at = 0;
-  for (int64_t i = 0; i < group.count; ++i) {
-    matmul(*group.linears[i].matrix, *pass.space.quantized, y + at, stride, accumulate);
-    at += group.linears[i].matrix->n;
-  }
-  add_loras(group, pass.plan, pass.last, x, x_stride, y, stride);
+// y [rows, all outputs of the group] (+)= group(x). `next`: the group after it.
+void product(const Pass& pass, const LinearGroup& group, const LinearGroup* next, const float* x, int64_t x_stride,
+             float* y, bool accumulate) {
+  group_product({group, next, pass.plan, pass.last, pass.num_rows, x, x_stride, y, width_of(group), accumulate,
+                 *pass.space.quantized});
 }
 
 // The residual that x keeps when `normed` was made from it.
@@ -136,25 +130,25 @@ float* attention_part(Pass& pass, const Layer& layer, bool last_layer, float* x)
   float* qkv = pass.space.qkv.get(pass.num_rows * net.qkv_width);
   float* mixed = pass.space.mixed.get(pass.num_rows * net.num_heads * net.head_dim);
   normalize(layer.attention_norm, x, normed, pass.num_rows, net.hidden);
-  product(pass, layer.qkv, normed, net.hidden, qkv, false);
+  product(pass, layer.qkv, &layer.out, normed, net.hidden, qkv, false);
   rotate_and_store(net, layer, pass.plan, pass.num_rows, qkv);
   attend(net, layer, pass.step, pass.plan, qkv, mixed);
   keep_residual(pass, normed, x);
   if (last_layer) narrow(pass, &x, &mixed);
-  product(pass, layer.out, mixed, net.num_heads * net.head_dim, x, true);
+  product(pass, layer.out, &layer.up, mixed, net.num_heads * net.head_dim, x, true);
   return x;
 }
 
-void mlp_part(const Pass& pass, const Layer& layer, float* x) {
+void mlp_part(const Pass& pass, const Layer& layer, const Layer* next, float* x) {
   const Network& net = pass.net;
   const int64_t wide = width_of(layer.up);
   float* normed = pass.space.normed.get(pass.num_rows * net.hidden);
   float* inner = pass.space.inner.get(pass.num_rows * wide);
   normalize(layer.mlp_norm, x, normed, pass.num_rows, net.hidden);
-  product(pass, layer.up, normed, net.hidden, inner, false);
+  product(pass, layer.up, &layer.down, normed, net.hidden, inner, false);
   activate(net.activation, inner, pass.num_rows, net.inner, wide);
   keep_residual(pass, normed, x);
-  product(pass, layer.down, inner, wide, x, true);
+  product(pass, layer.down, next ? &next->qkv : nullptr, inner, wide, x, true);
 }
 
 void head(const Pass& pass, const float* x) {
@@ -179,8 +173,9 @@ bool forward(const Network& net, const Step& step, Workspace& space) {
   Pass pass{net, step, plan, space, step.num_rows, false};
   float* x = step.x;
   for (int64_t i = 0; i < net.num_layers; ++i) {
-    x = attention_part(pass, net.layers[i], i + 1 == net.num_layers, x);
-    mlp_part(pass, net.layers[i], x);
+    const bool last = i + 1 == net.num_layers;
+    x = attention_part(pass, net.layers[i], last, x);
+    mlp_part(pass, net.layers[i], last ? nullptr : net.layers + i + 1, x);
   }
   head(pass, x);
   return true;

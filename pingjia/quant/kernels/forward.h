@@ -133,9 +133,25 @@ void activate(int64_t activation, float* h, int64_t num_rows, int64_t inner, int
 void rotate_and_store(const Network& net, const Layer& layer, const Plan& plan, int64_t num_rows, float* qkv);
 void table_product(const Network& net, const float* x, float* y, int64_t num_rows);
 void judge(const Step& step, int64_t vocab);
-// y [rows, N of the group side by side] += what the adapters add. `last`: rows are the step's outputs, not all its rows.
-void add_loras(const LinearGroup& group, const Plan& plan, bool last, const float* x, int64_t x_stride, float* y,
-               int64_t y_stride);
+
+// ---- group.cpp
+
+struct GroupCall {
+  const LinearGroup& group;
+  const LinearGroup* next;  // the group that is computed after this one, or null
+  const Plan& plan;
+  bool last;  // rows are the step's outputs, not all its rows
+  int64_t num_rows;
+  const float* x;
+  int64_t x_stride;
+  float* y;  // [rows, outputs of the group side by side]
+  int64_t y_stride;
+  bool accumulate;
+  QuantRows& quantized;
+};
+
+// y (+)= the group's linears of x, and what the adapters of each row add.
+void group_product(const GroupCall& call);
 
 // ---- attention.cpp
 

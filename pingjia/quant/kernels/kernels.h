@@ -65,9 +65,37 @@ QuantRowsPtr new_quant_rows();
 // rounding x would be most of the error: INT8 weights (`matrix.bits == 8`), and a head of any width.
 void quantize_activations(const float* x, int64_t t, int64_t m, int64_t stride, QuantRows& out, bool fine = false);
 
+// The same in two steps, for a caller that gives the team other work beside it: how many pieces there are, and one.
+int64_t plan_activations(int64_t t, int64_t m, QuantRows& out, bool fine);
+void quantize_piece(const float* x, int64_t stride, int64_t piece, QuantRows& out);
+
 // y[t][n] = sum_m x[t][m] * W[n][m] (+ bias[n]); rows of y are `y_stride` floats apart. `accumulate` adds to y.
 // int32 inside a group, float32 across groups. The result of a row does not depend on the other rows of the batch.
 void matmul(const Matrix& w, const QuantRows& x, float* y, int64_t y_stride, bool accumulate = false);
+
+// A part of a product: these columns of y for these tokens.
+struct Patch {
+  int64_t target, first_column, num_columns, first_row, last_row;
+};
+
+// What a caller does around the parts of `matmul_all`, on the thread that computes the part. `before` may fetch what
+// `after` will need; `after` finds the part of y complete.
+struct Around {
+  virtual void before(const Patch&) const {}
+  virtual void after(const Patch&) const {}
+
+ protected:
+  ~Around() = default;
+};
+
+struct Target {
+  const Matrix* matrix;
+  float* y;
+};
+
+// Several products of the same x at once, every y with the same stride.
+void matmul_all(const Target* targets, int64_t count, const QuantRows& x, int64_t y_stride, bool accumulate,
+                const Around& around);
 
 // Read `bytes` (in whole pieces of 64 KB) with the team and return a sum: what memory can do at best (probe.cpp).
 uint64_t read_all(const void* at, int64_t bytes);

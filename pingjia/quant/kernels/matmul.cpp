@@ -1,7 +1,8 @@
 // The driver of a product: tokens into blocks, tiles into pieces for the team, results to their place.
 #include "kernel_set.h"
 
-#include <cstdlib>
+#include <algorithm>
+
 namespace pingjia {
 namespace {
 
@@ -56,10 +57,12 @@ struct Call {
   float* y;
   int64_t y_stride;
   bool accumulate;
+  int64_t index;  // among the targets
+  const Around& around;
   int64_t tiles, units, tile_size, scale_size, blocks, chunks;
 
-  Call(const Matrix& w, const QuantRows& x, float* y, int64_t y_stride, bool accumulate)
-      : w(w), x(x), y(y), y_stride(y_stride), accumulate(accumulate) {
+  Call(const Matrix& w, const QuantRows& x, float* y, int64_t y_stride, bool accumulate, int64_t index, const Around& around)
+      : w(w), x(x), y(y), y_stride(y_stride), accumulate(accumulate), index(index), around(around) {
     tiles = (w.n + kTileRows - 1) / kTileRows, units = (tiles + kUnitTiles - 1) / kUnitTiles;
     tile_size = tile_bytes(w.bits, kTileRows, w.m), scale_size = scale_count(kTileRows, w.m, w.group);
     blocks = static_cast<int64_t>(x.blocks.size());
@@ -67,10 +70,21 @@ struct Call {
     if (chunks > blocks) chunks = blocks;
   }
 
-  void item(int64_t index) const {
-    const int64_t chunk = index / units, first = chunk * blocks / chunks, last = (chunk + 1) * blocks / chunks;
+  int64_t items() const { return units * chunks; }
+
+  void item(int64_t number) const {
+    const int64_t chunk = number / units, first = chunk * blocks / chunks, last = (chunk + 1) * blocks / chunks;
     alignas(64) float out[kUnitTiles * kMaxWidth * kTileRows];
-    for (int64_t i = first; i < last; ++i) block(index % units, x.blocks[static_cast<size_t>(i)], i - first, last - first, out);
+    const Patch patch = patch_of(number % units, first, last);
+    around.before(patch);
+    for (int64_t i = first; i < last; ++i) block(number % units, x.blocks[static_cast<size_t>(i)], i - first, last - first, out);
+    around.after(patch);
+  }
+
+  Patch patch_of(int64_t unit, int64_t first, int64_t last) const {
+    const int64_t column = unit * kUnitTiles * kTileRows, columns = std::min(kUnitTiles * kTileRows, w.n - column);
+    const Block& end = x.blocks[static_cast<size_t>(last - 1)];
+    return {index, column, columns, x.blocks[static_cast<size_t>(first)].first, end.first + end.count};
   }
 
   // The unit times block `i` of the chunk's `count`, which fetches its share of the next unit.
@@ -87,31 +101,56 @@ struct Call {
   }
 };
 
+struct Nothing final : Around {};
+
 }  // namespace
 
 void QuantRowsDeleter::operator()(QuantRows* rows) const { delete rows; }
 QuantRowsPtr new_quant_rows() { return QuantRowsPtr(new QuantRows); }
 
-void quantize_activations(const float* x, int64_t t, int64_t m, int64_t stride, QuantRows& out, bool fine) {
+int64_t plan_activations(int64_t t, int64_t m, QuantRows& out, bool fine) {
   out.t = t, out.m = m, out.parts = fine ? 2 : 1, out.columns = (m + kColumnPad - 1) / kColumnPad * kColumnPad;
   make_blocks(t, out.parts, out.blocks);
   const int64_t slots = out.blocks.empty() ? 0 : out.blocks.back().slot + out.blocks.back().width;
   grow(out.values, slots * out.columns);
   grow(out.scales, slots * (out.columns / kActGroup));
   grow(out.offsets, slots * (out.columns / 32));
-  const int64_t count = static_cast<int64_t>(out.blocks.size());
+  return static_cast<int64_t>(out.blocks.size());
+}
+
+void quantize_piece(const float* x, int64_t stride, int64_t piece, QuantRows& out) {
+  kernel_set().quantize(x, stride, out.blocks[static_cast<size_t>(piece)], out);
+}
+
+void quantize_activations(const float* x, int64_t t, int64_t m, int64_t stride, QuantRows& out, bool fine) {
+  const int64_t count = plan_activations(t, m, out, fine);
   parallel_for(count, t * m <= kSmall ? count : 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) kernel_set().quantize(x, stride, out.blocks[static_cast<size_t>(i)], out);
+    for (int64_t i = first; i < last; ++i) quantize_piece(x, stride, i, out);
+  });
+}
+
+void matmul_all(const Target* targets, int64_t count, const QuantRows& x, int64_t y_stride, bool accumulate,
+                const Around& around) {
+  if (x.t == 0) return;
+  std::vector<Call> calls;
+  std::vector<int64_t> ends;  // of each call's items
+  for (int64_t i = 0; i < count; ++i) {
+    calls.emplace_back(*targets[i].matrix, x, targets[i].y, y_stride, accumulate, i, around);
+    ends.push_back((ends.empty() ? 0 : ends.back()) + calls.back().items());
+  }
+  const int64_t items = ends.back(), pieces = num_threads() * (x.t > 4 ? 32 : 8);
+  parallel_for(items, items / pieces, [&](int64_t first, int64_t last) {
+    size_t at = 0;
+    for (int64_t i = first; i < last; ++i) {
+      while (ends[at] <= i) ++at;
+      calls[at].item(i - ends[at] + calls[at].items());
+    }
   });
 }
 
 void matmul(const Matrix& w, const QuantRows& x, float* y, int64_t y_stride, bool accumulate) {
-  if (x.t == 0) return;
-  const Call call(w, x, y, y_stride, accumulate);
-  const int64_t items = call.units * call.chunks, pieces = num_threads() * (x.t > 4 ? 32 : 8);
-  parallel_for(items, items / pieces, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) call.item(i);
-  });
+  const Target target{&w, y};
+  matmul_all(&target, 1, x, y_stride, accumulate, Nothing());
 }
 
 }  // namespace pingjia

@@ -1,5 +1,5 @@
-// What happens between the matrix products: norms, rotation, storing keys and values, activations, adapters, the head
-// that is kept in floats. The arithmetic of a row is in small_ops_isa.h, once per instruction set.
+// What happens between the matrix products: norms, rotation, storing keys and values, activations, the head that is kept
+// in floats. The arithmetic of a row is in small_ops_isa.h, once per instruction set.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -153,91 +153,6 @@ void judge(const Step& step, int64_t vocab) {
   share(step.num_outputs, vocab, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r)
       pass_ops().judge_row(step.logits + r * vocab, vocab, step.best + r, step.finite + r);
-  });
-}
-
-// ---- adapters
-
-namespace {
-
-struct Job {
-  const Lora* lora;
-  const std::vector<int32_t>* rows;
-  int64_t y_at, n;  // columns of y
-  int64_t u_at;     // of its [rows, rank] in the buffer
-  int64_t first_unit;
-};
-
-const std::vector<int32_t>* rows_of(const Plan& plan, int64_t adapter, bool last) {
-  for (const Plan::Rows& rows : plan.adapters)
-    if (rows.adapter == adapter) return last ? &rows.outputs : &rows.rows;
-  return nullptr;
-}
-
-std::vector<Job> jobs_of(const LinearGroup& group, const Plan& plan, bool last, int64_t* u_size) {
-  std::vector<Job> jobs;
-  int64_t y_at = 0;
-  for (int64_t i = 0; i < group.count; ++i) {
-    const Linear& linear = group.linears[i];
-    for (int64_t j = 0; j < linear.num_loras; ++j) {
-      const std::vector<int32_t>* rows = rows_of(plan, linear.loras[j].adapter, last);
-      if (!rows || rows->empty()) continue;
-      jobs.push_back({linear.loras + j, rows, y_at, linear.matrix->n, *u_size, 0});
-      *u_size += static_cast<int64_t>(rows->size()) * linear.loras[j].rank;
-    }
-    y_at += linear.matrix->n;
-  }
-  return jobs;
-}
-
-// Give every job its units (ranks, or pieces of columns), call body(job, unit) for all of them.
-void each_unit(std::vector<Job>& jobs, int64_t (*units)(const Job&), int64_t work_each,
-               const std::function<void(const Job&, int64_t)>& body) {
-  int64_t count = 0;
-  for (Job& job : jobs) job.first_unit = count, count += units(job);
-  share(count, work_each, [&](int64_t first, int64_t last) {
-    size_t at = 0;
-    for (int64_t unit = first; unit < last; ++unit) {
-      while (at + 1 < jobs.size() && jobs[at + 1].first_unit <= unit) ++at;
-      body(jobs[at], unit - jobs[at].first_unit);
-    }
-  });
-}
-
-constexpr int64_t kRanks = 4;  // of a unit
-constexpr int64_t kLoraColumns = 128;
-
-int64_t down_units(const Job& job) { return job.lora->rank / kRanks; }
-int64_t up_units(const Job& job) { return (job.n + kLoraColumns - 1) / kLoraColumns; }
-
-int64_t most_rows(const std::vector<Job>& jobs) {
-  int64_t most = 0;
-  for (const Job& job : jobs) most = std::max(most, static_cast<int64_t>(job.rows->size()));
-  return most;
-}
-
-}  // namespace
-
-void add_loras(const LinearGroup& group, const Plan& plan, bool last, const float* x, int64_t x_stride, float* y,
-               int64_t y_stride) {
-  if (plan.adapters.empty()) return;
-  static thread_local std::vector<float> buffer;
-  int64_t u_size = 0;
-  std::vector<Job> jobs = jobs_of(group, plan, last, &u_size);
-  if (jobs.empty()) return;
-  if (static_cast<int64_t>(buffer.size()) < u_size) buffer.resize(u_size);
-  float* u = buffer.data();
-  const int64_t width = group.linears->matrix->m, rows = most_rows(jobs);
-  const auto call = [&](const Job& job, int64_t at) {
-    return LoraRows{job.rows->data(), static_cast<int64_t>(job.rows->size()), x, x_stride, y + job.y_at + at, y_stride};
-  };
-  each_unit(jobs, down_units, rows * kRanks * width / 2, [&](const Job& job, int64_t unit) {
-    const Lora& lora = *job.lora;
-    pass_ops().lora_down(call(job, 0), lora.a, width, static_cast<float>(lora.factor), unit * kRanks, u + job.u_at, lora.rank);
-  });
-  each_unit(jobs, up_units, rows * kLoraColumns * 8, [&](const Job& job, int64_t unit) {
-    const int64_t from = unit * kLoraColumns, count = std::min(kLoraColumns, job.n - from);
-    pass_ops().lora_up(call(job, from), job.lora->b + from * job.lora->rank, u + job.u_at, job.lora->rank, count);
   });
 }
 

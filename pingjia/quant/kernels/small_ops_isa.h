@@ -178,8 +178,10 @@ static inline void down_tile(const LoraRows& call, int64_t t0, const uint16_t* a
       for (int r = 0; r < 4; ++r) acc[t][r] += value * weight[r];
     }
   }
-  for (int t = 0; t < ROWS; ++t)
-    for (int r = 0; r < 4; ++r) u[(t0 + t) * rank + r] = hsum(acc[t][r]) * factor;
+  for (int t = 0; t < ROWS; ++t) {
+    const F4 sums = hsum4(acc[t][0], acc[t][1], acc[t][2], acc[t][3]) * factor;
+    __builtin_memcpy(u + (t0 + t) * rank, &sums, sizeof sums);
+  }
 }
 
 // u [count, rank]: ranks first..first+3 of it. a: [rank / 4][width / 16][4][16].
@@ -192,29 +194,43 @@ static void lora_down(const LoraRows& call, const uint16_t* a, int64_t width, fl
   if (t < call.count) down_tile<1>(call, t, four, width, factor, u + first, rank);
 }
 
-template <int ROWS>
+// 16 columns at a time, COLUMNS times. Even and odd ranks are summed apart, so that an addition need not wait for the
+// one before it.
+template <int ROWS, int COLUMNS>
 static inline void up_tile(const LoraRows& call, int64_t t0, int64_t c, const uint16_t* b, const float* u, int64_t rank,
                            int64_t n) {
-  F16 acc[ROWS] = {};
-  for (int64_t r = 0; r < rank; ++r) {
-    const F16 weight = load(b + r * 16);
-    for (int t = 0; t < ROWS; ++t) acc[t] += u[(t0 + t) * rank + r] * weight;
-  }
-  for (int t = 0; t < ROWS; ++t) {
-    float* to = call.y + call.rows[t0 + t] * call.y_stride + c;
-    n == 16 ? store(to, load(to) + acc[t]) : store_n(to, load_n(to, n) + acc[t], n);
-  }
+  F16 even[ROWS][COLUMNS] = {}, odd[ROWS][COLUMNS] = {};
+  for (int64_t r = 0; r < rank; r += 2)
+    for (int k = 0; k < COLUMNS; ++k) {
+      const uint16_t* at = b + (k * rank + r) * 16;
+      const F16 first = load(at), second = load(at + 16);
+      for (int t = 0; t < ROWS; ++t) {
+        even[t][k] += u[(t0 + t) * rank + r] * first;
+        odd[t][k] += u[(t0 + t) * rank + r + 1] * second;
+      }
+    }
+  for (int t = 0; t < ROWS; ++t)
+    for (int k = 0; k < COLUMNS; ++k) {
+      float* to = call.y + call.rows[t0 + t] * call.y_stride + c + 16 * k;
+      const int64_t left = n - 16 * k < 16 ? n - 16 * k : 16;
+      const F16 sum = even[t][k] + odd[t][k];
+      left == 16 ? store(to, load(to) + sum) : store_n(to, load_n(to, left) + sum, left);
+    }
+}
+
+template <int COLUMNS>
+static void up_columns(const LoraRows& call, int64_t c, const uint16_t* b, const float* u, int64_t rank, int64_t n) {
+  int64_t t = 0;
+  for (; t + 4 <= call.count; t += 4) up_tile<4, COLUMNS>(call, t, c, b, u, rank, n);
+  for (; t + 2 <= call.count; t += 2) up_tile<2, COLUMNS>(call, t, c, b, u, rank, n);
+  if (t < call.count) up_tile<1, COLUMNS>(call, t, c, b, u, rank, n);
 }
 
 // y[row][0..n) += sum over r of u[row][r] * b_r[0..n). b: [n / 16][rank][16].
 static void lora_up(const LoraRows& call, const uint16_t* b, const float* u, int64_t rank, int64_t n) {
-  for (int64_t c = 0; c < n; c += 16, b += 16 * rank) {
-    const int64_t left = n - c < 16 ? n - c : 16;
-    int64_t t = 0;
-    for (; t + 8 <= call.count; t += 8) up_tile<8>(call, t, c, b, u, rank, left);
-    for (; t + 2 <= call.count; t += 2) up_tile<2>(call, t, c, b, u, rank, left);
-    if (t < call.count) up_tile<1>(call, t, c, b, u, rank, left);
-  }
+  int64_t c = 0;
+  for (; c + 16 < n; c += 32) up_columns<2>(call, c, b + c * rank, u, rank, n - c);
+  if (c < n) up_columns<1>(call, c, b + c * rank, u, rank, n - c);
 }
 
 #if !defined(__F16C__)

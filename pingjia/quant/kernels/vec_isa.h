@@ -90,6 +90,27 @@ static inline float hsum(F16 v) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
+#if defined(__clang__)
+#define PJ_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int32_t I4 __attribute__((vector_size(16)));
+#define PJ_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, I4{i, j, k, l})
+#endif
+
+static inline F4 fold(F16 v) {
+  F4 quarter[4];
+  __builtin_memcpy(quarter, &v, sizeof v);
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
+// The sums of four vectors, each in the order of hsum.
+static inline F4 hsum4(F16 a, F16 b, F16 c, F16 d) {
+  const F4 wa = fold(a), wb = fold(b), wc = fold(c), wd = fold(d);
+  const F4 ab = PJ_SHUFFLE(wa, wb, 0, 1, 4, 5) + PJ_SHUFFLE(wa, wb, 2, 3, 6, 7);
+  const F4 cd = PJ_SHUFFLE(wc, wd, 0, 1, 4, 5) + PJ_SHUFFLE(wc, wd, 2, 3, 6, 7);
+  return PJ_SHUFFLE(ab, cd, 0, 2, 4, 6) + PJ_SHUFFLE(ab, cd, 1, 3, 5, 7);
+}
+
 static inline float hmax(F16 v) {
   F8 half[2];
   __builtin_memcpy(half, &v, sizeof v);
