@@ -5,6 +5,7 @@ A run is a row of phases (mostly one). Where it stands is `Progress`, which goes
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +20,7 @@ from pingjia.meter import peak_bytes
 from pingjia.models.device import rng_state, set_rng_state
 from pingjia.models.family import Family
 from pingjia.tune import checkpoint as disk
-from pingjia.tune.batches import longest_micro, share_of_process
+from pingjia.tune.batches import BatchPlan, longest_micro, share_of_process
 from pingjia.tune.checkpoint import LOG_FILE, Saved
 from pingjia.tune.distributed import Alone, Holding
 from pingjia.tune.frozen import FrozenLayers, Model, num_frozen_layers
@@ -140,15 +141,18 @@ def run_training(run: Run) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What the longest micro-batch of a run took. `event`: what the run did to make do with its memory."""
+    """What the longest micro-batch of a run took. `event`: what the run did to make do with its memory. `typical`: some
+    of its updates as they are, spread over its first epoch."""
 
     result: StepResult
     rung: Rung
     event: str | None
+    typical: tuple[StepResult, ...] = ()
 
 
-def try_run(run: Run) -> Trial:
-    """The beginning of `run_training` on its longest micro-batch: two updates, the second one is measured.
+def try_run(run: Run, *, num_typical: int = 0) -> Trial:
+    """The beginning of `run_training` on its longest micro-batch: two updates, the second one is measured; then so many
+    updates as the plan has them.
 
     In one process; writes no checkpoint. Raises what the run itself would raise.
     """
@@ -157,7 +161,7 @@ def try_run(run: Run) -> Trial:
     memory = Memory(run.model, rung, run.settings, run.ranks) if run.settings.memory == "auto" else None
     work = _Phase(run, run.model, Progress(run.settings.lora_rank, rung), trainable, memory)
     work.open(None)
-    return work.try_updates(2)
+    return work.try_updates(2, num_typical)
 
 
 def _read_saved(run: Run) -> Saved | None:
@@ -289,12 +293,13 @@ class _Phase:
         rate = factor * max(group["peak"] for group in self._optimizer.param_groups)
         return rate, replace(result, seconds=time.perf_counter() - started)
 
-    def try_updates(self, count: int) -> Trial:
+    def try_updates(self, count: int, num_typical: int = 0) -> Trial:
         """Updates on the longest micro-batch, at a rate from the middle of the schedule. Weights do move."""
         progress, plan = self.progress, self.phase.plan
         numbers = longest_micro(plan, self._lengths, progress.rung.rows_per_micro)
         results = [self._update(plan.num_steps // 2, numbers)[1] for _ in range(count)]
-        return Trial(results[-1], progress.rung, progress.event)
+        typical = tuple(self._update(*chosen)[1] for chosen in _spread_updates(plan, num_typical))
+        return Trial(results[-1], progress.rung, progress.event, typical)
 
     def _micro_batches(self, rows: list[int]) -> list[MicroBatch]:
         """What this process computes of an update."""
@@ -467,6 +472,16 @@ class _Phase:
         if run.ranks.is_first:
             write_log(run.output_dir / LOG_FILE, as_line(log), "a")
             run.observe(log)
+
+
+def _spread_updates(plan: BatchPlan, count: int) -> list[tuple[int, list[int]]]:
+    """At most so many updates of the first epoch, evenly over it: (number, rows)."""
+    if not count:
+        return []
+    first = itertools.islice(plan.updates(0), min(plan.num_steps, plan.updates_per_epoch))
+    updates = [(step, [row for micro in micros for row in micro]) for step, micros in first]
+    num = min(count, len(updates))
+    return [updates[i * len(updates) // num] for i in range(num)]
 
 
 def frozen_layers(run: Run) -> FrozenLayers | None:
