@@ -257,6 +257,8 @@ class LastResort:
 
         try:
             await self.app(scope, receive, watch)
+        except ClientDisconnect:  # in the middle of its body
+            return
         except Exception as e:
             if scope["type"] != "http" or started:
                 raise

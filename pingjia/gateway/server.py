@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import logging
 import signal
 import socket
@@ -23,6 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pingjia.errors import UserError
 from pingjia.gateway.auth import load_keys
+from pingjia.gateway.errors import Failure
 from pingjia.gateway.service import Service
 from pingjia.gateway.settings import GatewaySettings
 
@@ -32,6 +34,15 @@ log = logging.getLogger("pingjia.gateway")
 # connection that the server is just closing is lost.
 _KEEP_ALIVE_S = 75
 _BACKSTOP_S = 2.0  # for answers to be ended readably after the drain; then uvicorn cancels what is left
+
+_NO_HTTP = json.dumps(
+    Failure(400, "this is no HTTP/1.1 request", "invalid_request_error", "invalid_http").envelope()
+).encode()
+_NO_HTTP_HEADERS = [
+    ("content-type", "application/json"),
+    ("content-length", str(len(_NO_HTTP))),
+    ("connection", "close"),
+]
 
 
 def preflight(settings: GatewaySettings) -> None:
@@ -153,6 +164,17 @@ def _protocol(head_s: float) -> type[asyncio.Protocol]:
             if self.head_timer is not None:
                 self.head_timer.cancel()
             super().connection_lost(exc)
+
+        def send_400_response(self, msg: str) -> None:
+            """What is no HTTP gets the envelope too, where an answer is still possible."""
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                head = h11.Response(status_code=400, headers=_NO_HTTP_HEADERS, reason=b"Bad Request")
+                events = (head, h11.Data(data=_NO_HTTP), h11.EndOfMessage())
+                self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.cycle.disconnected = True  # the application was reading this body; it must not answer as well
+                self.cycle.message_event.set()
+            self.transport.close()
 
         def close_late(self) -> None:
             self.head_timer = None
