@@ -84,7 +84,7 @@ class _Server(uvicorn.Server):
         settings: GatewaySettings,
         url: str,
         on_ready: Callable[[str], None] | None,
-        on_stop: Callable[[], None] | None,
+        on_stop: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
