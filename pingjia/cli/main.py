@@ -24,6 +24,7 @@ from pingjia.cli import (
     doctor,
     env,
     eval,
+    exam,
     export,
     gateway,
     keys,
@@ -60,6 +61,7 @@ app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
 app.command("quality")(quality.quality)
+app.command("exam")(exam.exam)
 app.command("serve")(with_environment(serve.serve))
 app.command("gateway")(with_environment(gateway.gateway))
 app.command("worker")(with_environment(worker.worker))
@@ -139,6 +141,7 @@ _USER_ERRNO = {
 _EXTRAS = {name: "model" for name in ("torch", "transformers", "peft", "accelerate", "safetensors", "matplotlib")} | {
     "openai": "demo",
     "redis": "redis",
+    "opentelemetry": "otel",
 }
 
 

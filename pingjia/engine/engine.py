@@ -32,7 +32,7 @@ from pingjia.engine.draft import Drafter, agreed
 from pingjia.engine.driver import Box, Driver, News
 from pingjia.engine.grammar import DeadEnd, Grammars
 from pingjia.engine.kv import LayerShape, free_bytes
-from pingjia.engine.likelihood import as_ids, likelihood_of
+from pingjia.engine.likelihood import as_ids, groups, likelihoods_of
 from pingjia.engine.limits import Limits, resolve
 from pingjia.engine.pages import PageAllocator
 from pingjia.engine.prompts import Prompts, as_requests
@@ -218,30 +218,33 @@ class Engine:
 
         Raises RequestError for one that is empty or does not fit.
         """
+        name = self.default_adapter if isinstance(adapter, Default) else adapter
+        asked = [as_ids(p, a, self.tokenizer, with_end=with_end) for p, a in zip(prompts, answers, strict=True)]
         found: list[Likelihood] = []
-        for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            ids = as_ids(prompt, answer, self.tokenizer, with_end=with_end)
-            found.append(self._likelihood(*ids, self.default_adapter if isinstance(adapter, Default) else adapter))
-            if on_done is not None:
-                on_done(number, found[-1])
+        for prompt_ids, its_answers in groups(asked):
+            for one in self._likelihoods(prompt_ids, its_answers, name):
+                found.append(one)
+                if on_done is not None:
+                    on_done(len(found) - 1, one)
         return found
 
-    def _likelihood(self, prompt_ids: list[int], answer_ids: list[int], adapter: str | None) -> Likelihood:
-        num_pages = -(-(len(prompt_ids) + len(answer_ids)) // self._page_size)
+    def _likelihoods(self, prompt_ids: list[int], answers: list[list[int]], adapter: str | None) -> list[Likelihood]:
+        asked = Request("likelihood", tuple(prompt_ids), Sampling(max_tokens=len(answers[0])), adapter)
+        num_tokens = len(prompt_ids) + len(answers[0])
+        num_pages = -(-num_tokens // self._page_size)
         with self._lock:
-            asked = Request("likelihood", tuple(prompt_ids), Sampling(max_tokens=len(answer_ids)), adapter)
             digest = self._check(asked)
             if num_pages > self._pages.num_free:
                 raise RequestError(
-                    f"{len(prompt_ids) + len(answer_ids)} tokens do not fit beside the requests that run; "
-                    "ask when the engine is idle, or raise engine.kv_cache_tokens",
+                    f"{num_tokens} tokens do not fit beside the requests that run; ask when the engine is idle, or "
+                    "raise engine.kv_cache_tokens",
                     param="answers",
                 )
             pages = self._pages.allocate(num_pages)
             try:
                 prefix_len = self._prefix_len(asked.prompt_ids)
-                tokens = sequences.Sequence("", 0, prompt_ids, prefix_len=prefix_len, adapter=digest, pages=pages)
-                return likelihood_of(self._runner, tokens, answer_ids)
+                tokens = sequences.Sequence("", 0, list(prompt_ids), prefix_len=prefix_len, adapter=digest, pages=pages)
+                return likelihoods_of(self._runner, tokens, answers)
             finally:
                 self._pages.release(pages)
 

@@ -7,8 +7,9 @@ Shapes: A tokens of the answer, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 
@@ -24,10 +25,12 @@ from pingjia.types import Example, Likelihood, Message, Prompt
 def as_ids(prompt: Prompt, answer: str, tokenizer: Tokenizer, *, with_end: bool) -> tuple[list[int], list[int]]:
     """Ids of the prompt and of the answer as training has them; raw text goes on where the prompt ends.
 
-    Raises RequestError for an answer without a token.
+    An empty text begins as the family's texts do, or after the token that ends one. Raises RequestError for an answer
+    without a token.
     """
     if isinstance(prompt, str):
-        prompt_ids, answer_ids = tokenizer.render_text(prompt), _continued(prompt, answer, tokenizer)
+        prompt_ids = tokenizer.render_text(prompt) or [min(tokenizer.stop_ids)]
+        answer_ids = _continued(prompt, answer, tokenizer)
     else:
         prompt_ids, answer_ids = _conversation(prompt, answer, tokenizer)
     if not with_end:
@@ -37,15 +40,27 @@ def as_ids(prompt: Prompt, answer: str, tokenizer: Tokenizer, *, with_end: bool)
     return prompt_ids, answer_ids
 
 
-def likelihood_of(runner: Runner | FusedRunner, prompt: Tokens, answer_ids: Sequence[int]) -> Likelihood:
-    """Of an answer to `prompt`, whose pages have room for both."""
-    prompt.tokens += answer_ids[:-1]  # nothing is predicted after the last one
-    piece = Slice(prompt, 0, prompt.num_tokens, samples=True, num_drafts=len(answer_ids) - 1)
+def likelihoods_of(runner: Runner | FusedRunner, prompt: Tokens, answers: Sequence[Sequence[int]]) -> list[Likelihood]:
+    """Of answers to `prompt`, whose pages have room: one answer, or several of a single token, which share a pass."""
+    longest = answers[0]
+    assert len(answers) == 1 or all(len(answer) == 1 for answer in answers)
+    prompt.tokens += longest[:-1]  # nothing is predicted after the last one
+    piece = Slice(prompt, 0, prompt.num_tokens, samples=True, num_drafts=len(longest) - 1)
     logits_AV = runner.run([piece]).float()
-    target_A = torch.tensor(list(answer_ids), device=logits_AV.device)
-    chosen_A = logits_AV.log_softmax(-1).gather(1, target_A[:, None])[:, 0]
-    is_greedy = bool((logits_AV.argmax(-1) == target_A).all())
-    return Likelihood(float(chosen_A.double().sum()), len(answer_ids), is_greedy)
+    logprobs_AV, best_A = logits_AV.log_softmax(-1), logits_AV.argmax(-1)
+    return [_likelihood(logprobs_AV, best_A, torch.tensor(list(a), device=logits_AV.device)) for a in answers]
+
+
+def groups(asked: Sequence[tuple[list[int], list[int]]]) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """(prompt, its answers): neighbours with one prompt, whose answers are a single token each, come together."""
+    for (prompt, is_single), some in groupby(asked, key=lambda ids: (ids[0], len(ids[1]) == 1)):
+        answers = [answer for _, answer in some]
+        yield from [(prompt, answers)] if is_single else [(prompt, [answer]) for answer in answers]
+
+
+def _likelihood(logprobs_AV: torch.Tensor, best_A: torch.Tensor, target_A: torch.Tensor) -> Likelihood:
+    chosen_A = logprobs_AV.gather(1, target_A[:, None])[:, 0]
+    return Likelihood(float(chosen_A.double().sum()), len(target_A), bool((best_A == target_A).all()))
 
 
 def _continued(prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:
