@@ -146,7 +146,7 @@ def _served(engine: Engine) -> str:
 
     worker = Worker(engine)
     worker.start()
-    settings = gateway.GatewaySettings(port=0, access_log=False, queue_above_rps=1e9)
+    settings = gateway.GatewaySettings(port=0, access_log=False, queue_above_rps=1e9, api_keys_env="PINGJIA_NO_KEYS")
     app = gateway.create_app(worker, engine.tokenizer, settings)
     ready, urls = threading.Event(), []
 

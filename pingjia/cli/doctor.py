@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import typer
 
-from pingjia.cli.console import console, duration, megabytes
-from pingjia.cli.schema import Recipe, load_recipe
+from pingjia.cli.console import console, megabytes
+from pingjia.cli.doctor_hardware import outdated, standings
+from pingjia.cli.doctor_road import Road, Skipped, Step
+from pingjia.cli.machine import Machine
+from pingjia.cli.schema import load_recipe
 from pingjia.cli.train import Overrides
 from pingjia.errors import PingjiaError
 
 T = TypeVar("T")
 
-# The smallest machine the sample recipe was run on, and what the published plan recommends for ChatGLM-6B.
+# The smallest machine the sample recipe was run on.
 MIN_MEMORY_BYTES = 6e9
 MIN_DISK_BYTES = 5e9
-RECOMMENDED = "for ChatGLM-6B at fp16: a 24 GB GPU, 8 cores, 32 GB of memory, 500 GB of disk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,10 @@ def doctor(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> int:
-    """Check this machine; with a recipe, rehearse it: data, longest batch, save, reload, answer."""
+    """Check this machine; with a recipe, walk its whole road in small: data, training, merging, packing, answering.
+
+    Predicts memory, time, tokens/s and money of the recipe. Leaves nothing behind.
+    """
     findings = []
     for finding in _findings(recipe, overrides or []):
         findings.append(finding)
@@ -69,12 +73,23 @@ def _findings(recipe: Path | None, overrides: list[str]) -> Iterator[Finding]:
         yield loaded
         return
     yield Finding("recipe", "ok", f"{recipe} is complete")
-    for name, check in _ROAD.items():
-        result = _attempt(name, partial(check, loaded))
-        finding = result if isinstance(result, Finding) else Finding(name, "ok", result)
-        yield finding
-        if finding.state == "bad":
-            return
+    with Road(loaded) as road:
+        for step in road.steps():
+            finding = _taken(step)
+            yield finding
+            if finding.state == "bad":
+                return
+
+
+def _taken(step: Step) -> Finding:
+    """A step of the road. What no error of ours explains is a finding too: doctor is asked when things go wrong."""
+    try:
+        return Finding(step.name, "ok", step.check())
+    except Skipped as e:
+        return Finding(step.name, "note", f"not made: {e}")
+    except (PingjiaError, OSError) as e:
+        text = str(e) if isinstance(e, PingjiaError) else f"{e.filename or 'file'}: {e.strerror}"
+        return Finding(step.name, "bad", text, f"{step.fix}; the checks after this one were not made")
 
 
 def _attempt(name: str, check: Callable[[], T]) -> T | Finding:
@@ -92,8 +107,11 @@ def _machine() -> Iterator[Finding]:
     missing = [
         name for name in ("torch", "transformers", "peft", "accelerate", "safetensors") if not found.packages[name]
     ]
+    old = outdated(found.packages)
     if missing:
         yield Finding("packages", "bad", f"missing: {', '.join(missing)}", "pip install 'pingjia[model]'")
+    elif old:
+        yield Finding("packages", "bad", f"too old: {', '.join(old)}", "pip install --upgrade 'pingjia[model]'")
     else:
         names = ("torch", "transformers", "peft")
         yield Finding("packages", "ok", ", ".join(f"{name} {found.packages[name]}" for name in names))
@@ -111,10 +129,7 @@ def _machine() -> Iterator[Finding]:
         "ok",
         f"{bandwidth:.0f} GB/s read: no network of N GB answers faster than {bandwidth:.0f}/N tokens/s here",
     )
-    gpus = ", ".join(f"{g.vendor} {g.name} {megabytes(g.memory_bytes or 0)}" for g in found.gpus)
-    yield Finding(
-        "accelerator", "ok" if gpus else "note", gpus or "none: everything runs on the CPU", "" if gpus else RECOMMENDED
-    )
+    yield _accelerator(found)
     yield Finding(
         "compiler",
         "ok" if found.compiler else "note",
@@ -122,6 +137,25 @@ def _machine() -> Iterator[Finding]:
         "" if found.compiler else "apt-get install g++",
     )
     yield _packaged_model()
+    for standing in standings(found):
+        need = standing.need
+        state: Literal["ok", "note"] = "ok" if standing.is_enough else "note"
+        yield Finding(f"plan: {need.name}", state, standing.detail, "" if standing.is_enough else need.otherwise)
+
+
+def _accelerator(found: Machine) -> Finding:
+    if not found.gpus:
+        return Finding("accelerator", "note", "none: everything runs on the CPU", "enough for small models")
+    silent = [gpu for gpu in found.gpus if not gpu.driver]
+    gpus = ", ".join(
+        f"{g.vendor} {g.name} {megabytes(g.memory_bytes or 0)}, driver {g.driver or 'unknown'}"
+        + (f", compute capability {g.compute_capability}" if g.compute_capability else "")
+        for g in found.gpus
+    )
+    if "+cpu" in (found.packages["torch"] or ""):
+        return Finding("accelerator", "bad", f"{gpus}; torch is built for the CPU alone", "install torch for the GPU")
+    fix = "install the vendor's driver; its own command must list the device" if silent else ""
+    return Finding("accelerator", "note" if silent else "ok", gpus, fix)
 
 
 def _memory(available: float) -> Finding:
@@ -150,72 +184,3 @@ def _packaged_model() -> Finding:
     if isinstance(found, Finding):
         return Finding("packaged model", "note", "smollm2 is not installed", PACKAGED["smollm2"].install)
     return Finding("packaged model", "ok", f"smollm2, {megabytes(found.stat().st_size)}")
-
-
-def _check_data(recipe: Recipe) -> str:
-    from pingjia import chat, data
-    from pingjia.errors import DataError
-
-    tokenizer = chat.load_tokenizer(recipe.model.model_name_or_path)
-    report = data.check_files(
-        [*recipe.data.dataset, *recipe.data.eval_dataset],
-        tokenizer,
-        recipe.data.cutoff_len,
-        domains=recipe.data.domains,
-    )
-    if not report.ok:
-        raise DataError(f"{report.num_problems} problems, the first: {report.problems[0]}")
-    longest = f"longest {report.lengths.longest} of {recipe.data.cutoff_len} tokens" if report.lengths else ""
-    return f"{report.num_examples} rows, no problem; {longest}"
-
-
-def _check_identity(recipe: Recipe) -> str:
-    from pingjia import chat
-
-    tokenizer = chat.load_tokenizer(recipe.model.model_name_or_path)
-    golden = chat.golden_chats(tokenizer)
-    chat.check_golden(chat.load_tokenizer(recipe.model.model_name_or_path), golden)
-    return f"{len(golden)} chats become the same tokens in training and in serving"
-
-
-def _check_training(recipe: Recipe) -> str:
-    from pingjia.tune.rehearse import rehearse
-
-    found = rehearse(recipe.model, recipe.data, recipe.tune)
-    planned = f" ({megabytes(found.memory.total)} planned)" if found.memory is not None else ""
-    less = f"; {found.event}" if found.event is not None else ""
-    return (
-        f"longest batch {found.batch_tokens} tokens: {found.seconds:.2f} s an update, peak "
-        f"{megabytes(found.peak_bytes)}{planned}{less}; what it trains saved and read back bit by bit; "
-        f"whole run ({found.num_steps} updates) about {duration(found.seconds_estimated)}"
-    )
-
-
-def _check_answer(recipe: Recipe) -> str:
-    from pingjia import Engine, Message, Sampling
-
-    engine = Engine(
-        recipe.model.model_name_or_path,
-        settings=recipe.engine,
-        dtype=recipe.model.dtype,
-        bits=recipe.model.quantization_bit,
-        device=recipe.model.device,
-    )
-    answer = engine.generate([[Message("user", "你好")]], Sampling(max_tokens=8))[0]
-    return f"the engine answers ({answer.usage.completion_tokens} tokens)"
-
-
-def _check_port(recipe: Recipe) -> str:
-    from pingjia import gateway
-
-    gateway.check_port(recipe.serve.host, recipe.serve.port)
-    return f"port {recipe.serve.port} on {recipe.serve.host} is free"
-
-
-_ROAD: dict[str, Callable[[Recipe], str]] = {
-    "data": _check_data,
-    "train-serve identity": _check_identity,
-    "training": _check_training,
-    "answering": _check_answer,
-    "port": _check_port,
-}
