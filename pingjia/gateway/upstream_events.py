@@ -91,6 +91,11 @@ class AnswerReader:
     def has_begun(self) -> bool:
         return self._num_pieces > 0
 
+    @property
+    def has_said_nothing(self) -> bool:
+        """Whether nothing at all came of it: no piece, no end, no reason."""
+        return self._num_pieces == 0 and self._reason is None and not self.is_done
+
     def _piece(self, choice: Mapping[str, Any]) -> Chunk | None:
         if (reason := choice.get("finish_reason")) is not None:
             self._reason = str(reason)

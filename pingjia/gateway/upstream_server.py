@@ -10,7 +10,9 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import time
+import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +31,7 @@ log = logging.getLogger("pingjia.gateway")
 _CHECK_WAIT_S = 2.0
 _MODELS_AGAIN_S = 30.0
 _MAX_COMPLAINT = 64_000
+_SETTLE_S = 0.05  # until a connection that the server is just closing is seen to be closed
 _KEEP_S = 3.0  # uvicorn closes an idle connection after 5 s: whoever closes first must be this side
 
 
@@ -178,21 +181,32 @@ class Server:
                 response = await self._open(request, stack)
                 async for chunk in self._read(response, reader):
                     yield chunk
+            # llama-cpp-python ends a stream without a word where it would answer 400 otherwise.
+            if reader.has_said_nothing:
+                await asyncio.sleep(_SETTLE_S)
+                async with contextlib.AsyncExitStack() as stack:
+                    response = await self._open(request, stack, stream=False)
+                    async for chunk in self._read(response, reader):
+                        yield chunk
         except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as e:
             is_gone = isinstance(e, aiohttp.ClientConnectorError)
             raise ServerLost(f"it cannot be reached ({_say(e)})", is_gone=is_gone) from None
         except (aiohttp.ClientError, OSError) as e:
-            is_stale = isinstance(e, aiohttp.ServerDisconnectedError) and not reader.has_begun
+            is_stale = isinstance(e, aiohttp.ServerDisconnectedError | ConnectionResetError) and not reader.has_begun
             raise ServerLost(f"it broke off ({_say(e)})", is_stale=is_stale) from None
         self.num_failures = 0
         yield reader.end()
 
-    async def _open(self, request: Request, stack: contextlib.AsyncExitStack) -> aiohttp.ClientResponse:
+    async def _open(
+        self, request: Request, stack: contextlib.AsyncExitStack, *, stream: bool = True
+    ) -> aiohttp.ClientResponse:
         assert request.passed is not None
         url = f"{self._base}/{request.passed.path}"
-        headers = {**self._headers(), "content-type": "application/json", "x-request-id": request.id}
+        headers = {**self._headers(), "content-type": "application/json", "x-request-id": _trace_id(request)}
         async with self._first_token():
-            response = await self._session.post(url, data=self._body(request), headers=headers, allow_redirects=False)
+            response = await self._session.post(
+                url, data=self._body(request, stream=stream), headers=headers, allow_redirects=False
+            )
         stack.callback(response.close)
         self.heard_at = time.monotonic()
         if response.status != 200:
@@ -243,11 +257,12 @@ class Server:
             self.busy_until = time.monotonic() + wait_s
         return error
 
-    def _body(self, request: Request) -> bytes:
+    def _body(self, request: Request, *, stream: bool) -> bytes:
         assert request.passed is not None
         assert request.adapter is not None
-        said: dict[str, Any] = {"model": self.models[request.adapter].name, "stream": True}
-        said["stream_options"] = {"include_usage": True}
+        said: dict[str, Any] = {"model": self.models[request.adapter].name, "stream": stream}
+        if stream:
+            said["stream_options"] = {"include_usage": True}
         if request.sampling.seed is not None:
             said["seed"] = request.sampling.seed
         # The rest is JSON text already; two objects become one where they meet.
@@ -296,6 +311,12 @@ def _model(name: str, row: Mapping[str, Any], here: Mapping[str, str]) -> Served
         max_model_len=length if isinstance(length, int) and length > 0 else 0,
         identity=json.dumps(stays, sort_keys=True, ensure_ascii=True, default=str),
     )
+
+
+def _trace_id(request: Request) -> str:
+    """The hexadecimal part of the request's id as a UUID: llama-cpp-python refuses any other form with 400."""
+    found = re.search("[0-9a-f]{32}", request.id)
+    return str(uuid.UUID(found[0]) if found else uuid.uuid5(uuid.NAMESPACE_URL, request.id))
 
 
 def _say(error: BaseException) -> str:

@@ -98,13 +98,19 @@ def test_what_fails_before_the_first_piece_is_asked_of_another_server(
     pair[0].act = pair[1].act = _first_fails(act)
     gateway = behind(start, *pair, first_token_s=0.4)
     assert text(ask(gateway)) == "你好, world"
-    assert len(pair[0].seen) == len(pair[1].seen) == 1
+    assert len(pair[0].seen) + len(pair[1].seen) == 2
     act.hang_head, act.silent_after = False, None
 
 
 def _first_fails(act: Any) -> Callable[[dict[str, Any]], Any]:
     """Whoever is asked first fails, the other does not."""
     return only(act)
+
+
+def test_a_stream_that_ends_without_a_word_is_asked_why(start: Callable[..., Any], alone: Any) -> None:
+    alone.act = lambda body: Act(raw=b"") if body["stream"] else Act(status=400, error={"error": {"message": "long"}})
+    response = ask(behind(start, alone))
+    assert (response.status_code, response.json()["error"]["message"]) == (400, "long")
 
 
 def test_with_one_server_the_failure_is_told(start: Callable[..., Any], alone: Any) -> None:
