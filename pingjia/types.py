@@ -268,6 +268,7 @@ class Request:
     """One prompt on its way to an engine, already rendered to token ids. `adapter` None means the base model.
 
     passed: instead of ids, for a server that renders by itself; `adapter` is then the model's id, the base's too.
+    trace: who asks, as W3C's traceparent (`pingjia.trace`).
     """
 
     id: str
@@ -275,6 +276,7 @@ class Request:
     sampling: Sampling
     adapter: str | None = None
     passed: Passed | None = None
+    trace: str = dataclasses.field(default="", compare=False)
 
     @property
     def num_prompt(self) -> int:

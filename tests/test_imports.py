@@ -23,6 +23,7 @@ BASE = {
     "language",
     "script",
     "engine_metrics",
+    "trace",
 }
 BASE_ALLOWED = {
     "errors": set(),
@@ -35,6 +36,7 @@ BASE_ALLOWED = {
     "similarity": set(),
     "script": set(),
     "engine_metrics": {"errors", "types"},
+    "trace": {"errors", "types"},
     "language": {"errors", "script"},
 }
 ALLOWED = {

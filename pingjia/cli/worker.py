@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from pingjia.cli.serve import (
 )
 from pingjia.engine.settings import EngineSettings
 from pingjia.errors import UserError
+from pingjia.trace import open_tracer
 
 if TYPE_CHECKING:
     from pingjia import Engine
@@ -110,6 +112,7 @@ def _work(
 
     engine, limits = load(sections.engine), limits_of(sections.serve)
     backend = Worker(engine, sections.worker)
+    tracer = open_tracer("pingjia-worker", sections.serve.traces_url, os.environ)
     backend.start()
     member = None
     try:
@@ -124,12 +127,14 @@ def _work(
             drain_s=sections.serve.drain_s,
             is_alive=backend.is_alive,
             health=health,
+            tracer=tracer,
             on_ready=lambda name: errors.print(f"working as {name}", markup=False),
         )
     finally:
         if member is not None:
             member.stop()
         backend.stop()
+        tracer.close()
 
 
 def needed_url(url: str | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -40,8 +42,10 @@ from pingjia.gateway.response_headers import ResponseHeaders
 from pingjia.gateway.roads import Roads, limits_of
 from pingjia.gateway.service import Service
 from pingjia.gateway.settings import GatewaySettings
+from pingjia.gateway.traces import Traces
 from pingjia.ledger import Ledger
 from pingjia.queue.opening import open_queue
+from pingjia.trace import Tracer, open_tracer
 from pingjia.types import Backend
 
 _LIMITS = ("requests", "tokens")
@@ -60,6 +64,7 @@ def create_app(
     spent: Callable[[str], float] | None = None,
     adapters: adapter_routes.AdapterHost | None = None,
     clock: Callable[[], float] = time.monotonic,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """The HTTP API over `backend`, which is started and stopped by whoever made it; None: workers behind the queue.
 
@@ -67,14 +72,16 @@ def create_app(
     `seats`: answers the backend computes at once, `max_concurrent` when not said; so many are claimed from the queue.
     `spent`: id of a key -> yuan it has spent this month, without which no key may have a budget. `adapters`: what loads
     and unloads adapters while the app runs; None where that is not in this process.
-    `clock` (seconds) is what durations are measured with. Raises UserError for settings that cannot be obeyed: keys
-    that are required and absent, a default model that is not served.
+    `clock` (seconds) is what durations are measured with. `tracer`: that of the settings or OTEL_* when None.
+    Raises UserError for settings that cannot be obeyed: keys that are required and absent, a default model that is not
+    served.
     """
     keys = load_keys(settings)
     if spent is None:
         _refuse_budgets(keys)
     queue = open_queue(settings.redis_url, limits_of(settings))
-    roads = Roads(backend, queue, settings, seats=seats or settings.max_concurrent, clock=clock)
+    tracer = open_tracer("pingjia-gateway", settings.traces_url, os.environ) if tracer is None else tracer
+    roads = Roads(backend, queue, settings, seats=seats or settings.max_concurrent, clock=clock, tracer=tracer)
     service = Service(roads, tokenizer or NoTokenizer(), settings, ledger=ledger, clock=clock, spent=spent)
     if backend is not None and service.upstream is None:
         _check_default(service)
@@ -129,6 +136,7 @@ def _middleware(service: Service, keys: KeyRing) -> list[Middleware]:
     )
     return [
         Middleware(RequestId),
+        Middleware(Traces, tracer=service.tracer),
         Middleware(ResponseHeaders),
         Middleware(AccessLog, clock=service.clock, on_status=service.metrics.on_status),
         Middleware(errors.LastResort),
@@ -158,6 +166,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await service.guard.close()
     await service.cache.close()
     service.close()
+    await asyncio.to_thread(service.tracer.close)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from typing import Any
 from pingjia.types import ModelCard, Request, Sampling
 
 _LAYOUT = 1
-_NOT_IN_KEY = {"id", "adapter", "prompt_ids", "sampling"}
-"""Fields of a request: the id names it, the adapter is in the digests, the others are written on their own below."""
+_NOT_IN_KEY = {"id", "trace", "adapter", "prompt_ids", "sampling"}
+"""Fields of a request: the id and the trace name it, the adapter is in the digests, the others are written on their own below."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

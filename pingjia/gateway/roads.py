@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pingjia.gateway.admission import Admission
+from pingjia.gateway.answer import Source
 from pingjia.gateway.metrics import Metrics
 from pingjia.gateway.settings import GatewaySettings
 from pingjia.queue.backend import QueueBackend
@@ -21,7 +22,8 @@ from pingjia.queue.job import Claim, Job, Rank
 from pingjia.queue.opening import Shelf
 from pingjia.queue.policy import ArrivalRate, Limits
 from pingjia.queue.puller import Puller
-from pingjia.types import Backend, Request
+from pingjia.trace import NO_SPAN, NO_TRACER, Span, Tracer, traced
+from pingjia.types import Backend, Chunk, Request
 
 Road = Literal["direct", "queue"]
 
@@ -33,6 +35,20 @@ class Turn:
     tenant: str
     rank: Rank
     deadline_s: float
+    span: Span = NO_SPAN
+
+
+@dataclass(frozen=True, slots=True)
+class _Traced:
+    """The backend of this process, telling what it does as spans within `span`."""
+
+    backend: Backend
+    tracer: Tracer
+    span: Span
+
+    def stream(self, request: Request) -> AsyncIterator[Chunk]:
+        carrier = self.span.carrier
+        return traced(self.backend.stream(replace(request, trace=carrier)), self.tracer, carrier)
 
 
 def limits_of(settings: GatewaySettings) -> Limits:
@@ -56,7 +72,9 @@ class Roads:
         *,
         seats: int,
         clock: Callable[[], float],
+        tracer: Tracer = NO_TRACER,
     ) -> None:
+        self.tracer = tracer
         name = f"{secrets.token_hex(6)}"
         self.queued = QueueBackend(queue, owner=f"gateway-{name}", watch_s=min(0.5, settings.queue_lease_s / 4))
         self.queue = queue
@@ -77,6 +95,7 @@ class Roads:
                 beat_s=beat_s,
                 clock=clock,
                 on_claim=self._on_claim,
+                tracer=tracer,
             )
             if backend is not None
             else None
@@ -134,21 +153,23 @@ class Roads:
             self.admission.give(num)
 
     @asynccontextmanager
-    async def open(self, road: Road, requests: Sequence[Request], turn: Turn) -> AsyncIterator[Backend]:
-        """The backend that answers these requests. Raises Overloaded, ShareExceeded or QueueLost."""
+    async def open(self, road: Road, requests: Sequence[Request], turn: Turn) -> AsyncIterator[Source]:
+        """Who answers these requests. Raises Overloaded, ShareExceeded or QueueLost."""
         self.num_taken[road] += 1
-        if road == "direct":
-            assert self._backend is not None
-            yield self._backend
-            return
-        jobs = [self._job(request, turn) for request in with_seeds(requests)]
-        try:
-            await self.queued.submit(jobs)
-            yield self.queued
-        finally:
-            await asyncio.shield(self.queued.cancel(jobs))
+        with turn.span.child(road) as span:
+            if road == "direct":
+                assert self._backend is not None
+                yield _Traced(self._backend, self.tracer, span) if self.tracer.is_on else self._backend
+                return
+            jobs = [self._job(request, turn, span) for request in with_seeds(requests)]
+            try:
+                await self.queued.submit(jobs)
+                yield self.queued
+            finally:
+                await asyncio.shield(self.queued.cancel(jobs))
 
-    def _job(self, request: Request, turn: Turn) -> Job:
+    def _job(self, request: Request, turn: Turn, span: Span) -> Job:
+        request = replace(request, trace=span.carrier)
         return Job(request, turn.tenant, turn.rank, turn.deadline_s, owner=self.queued.owner)
 
 

@@ -30,6 +30,7 @@ from pingjia.gateway.responses import (
 from pingjia.gateway.service import Caller, Service
 from pingjia.gateway.upstream_body import PassedChatBody
 from pingjia.queue.job import Rank
+from pingjia.trace import NO_SPAN
 from pingjia.types import ModelCard
 
 _REASONS = {
@@ -90,7 +91,13 @@ def caller_of(request: Request) -> Caller:
     """Who asks, and how."""
     state = request.scope["state"]
     key = state.get("key", NOBODY)
-    caller = Caller(state["request_id"], key, _rank(key), cache_control=request.headers.get("cache-control", ""))
+    caller = Caller(
+        state["request_id"],
+        key,
+        _rank(key),
+        cache_control=request.headers.get("cache-control", ""),
+        span=state.get("span", NO_SPAN),
+    )
     state["account"], state["headers"] = caller.account, caller.headers
     return caller
 

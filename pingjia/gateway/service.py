@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from pingjia.gateway.keys import NOBODY, Key
 from pingjia.gateway.language import LanguageFront, Refusal
 from pingjia.gateway.queue_metrics import QueueCollector
 from pingjia.gateway.rate_limits import RateLimits
+from pingjia.gateway.roads import Road as RoadName
 from pingjia.gateway.roads import Roads, Turn
 from pingjia.gateway.settings import GatewaySettings
 from pingjia.gateway.shares import Shares
@@ -34,6 +35,7 @@ from pingjia.gateway.upstream import Upstream
 from pingjia.gateway.upstream_body import PassedChatBody
 from pingjia.ledger import Fact, Ledger
 from pingjia.queue.job import Rank
+from pingjia.trace import NO_SPAN, Span
 from pingjia.types import ModelCard, Request, as_dict
 
 log = logging.getLogger("pingjia.gateway")
@@ -59,6 +61,7 @@ class Caller:
     cache_control: str = ""
     must_queue: bool = False
     deadline_s: float | None = None  # instead of the settings'
+    span: Span = NO_SPAN
 
     @property
     def key_id(self) -> str:
@@ -116,6 +119,7 @@ class Service:
         self.tokenizer = tokenizer
         self.settings = settings
         self.metrics = roads.metrics
+        self.tracer = roads.tracer
         self.metrics.registry.register(QueueCollector(roads))
         self._ledger = ledger
         self.clock = clock
@@ -159,17 +163,26 @@ class Service:
         deadline = asyncio.get_running_loop().time() + (caller.deadline_s or self.settings.deadline_s)
         if not self.is_ready():
             raise NotReady("the model cannot answer now (starting, stopping or stuck); GET /health/ready says when")
+        async with AsyncExitStack() as stack:
+            with caller.span.child("gate"):
+                visit, road, requests = await stack.enter_async_context(self._let_in(ask, caller))
+            left_s = deadline - asyncio.get_running_loop().time()
+            way = partial(self.roads.open, road, turn=Turn(caller.key_id, caller.rank, left_s, caller.span))
+            source = await stack.enter_async_context(self._source(ask, requests, caller, way))
+            answer = Answer(source, requests, choices_per_prompt=ask.n, deadline=deadline, clock=self.clock)
+            work = Work(ask, caller, source, answer, visit, started, road)
+            await stack.enter_async_context(self._running(work))
+            yield answer
+
+    @asynccontextmanager
+    async def _let_in(self, ask: Ask, caller: Caller) -> AsyncIterator[tuple[Visit, RoadName, tuple[Request, ...]]]:
+        """What a key may do and what fits; then the road and what is asked on it."""
         async with self.guard.visit(caller.key, ask.card.id, ask.num_choices, caller.headers) as visit:
             road = self.roads.choose(must_queue=caller.must_queue)
             async with self.roads.slots(road, ask.num_choices):
                 requests = await self.requests(ask)
                 await self.guard.reserve(visit, requests)
-                left_s = deadline - asyncio.get_running_loop().time()
-                way = partial(self.roads.open, road, turn=Turn(caller.key_id, caller.rank, left_s))
-                async with self._source(ask, requests, caller, way) as source:
-                    answer = Answer(source, requests, choices_per_prompt=ask.n, deadline=deadline, clock=self.clock)
-                    async with self._running(Work(ask, caller, source, answer, visit, started, road)):
-                        yield answer
+                yield visit, road, requests
 
     async def requests(self, ask: Ask) -> tuple[Request, ...]:
         """What the backend is asked, one request per choice. Raises RequestError or PromptTooLong."""
@@ -211,6 +224,7 @@ class Service:
             wish=Wish.of(caller.cache_control),
             headers=caller.headers,
             was_seeded=ask.sampling.seed is not None,
+            ask=ask,
         )
         async with self.cache.open(requests, question, road) as source:
             yield source

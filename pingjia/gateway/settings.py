@@ -11,6 +11,21 @@ from pingjia.gateway.upstream_settings import UpstreamSettings
 from pingjia.recipe import Section
 
 
+class SemanticSettings(Section):
+    """Kept answers for questions that say the same in other words. Off without a directory."""
+
+    directory: str | None = None
+    """An encoder: a directory, or minilm. It runs in a process of its own."""
+    threshold: float = Field(0.9, ge=0.0, le=1.0)
+    """Cosine of two questions from which they may mean the same; what tells must be equal besides."""
+    shadow_share: float = Field(0.05, ge=0.0, le=1.0)
+    """Of such answers, those that are computed all the same and compared."""
+    wrong_budget: float = Field(0.02, ge=0.0, le=1.0)
+    """Of the compared, those that may be wrong; beyond it this is turned off."""
+    max_entries: int = Field(10_000, ge=1)
+    """Questions remembered; those asked least recently go."""
+
+
 class CacheSettings(Section):
     """Answers that are kept, where an equal question must get an equal answer: at temperature 0 or with a seed."""
 
@@ -18,6 +33,7 @@ class CacheSettings(Section):
     max_mb: float = Field(64.0, gt=0.0, le=1e6, allow_inf_nan=False)
     """Answers kept; beyond it the ones least recently used go."""
     max_age_s: float = Field(3600.0, gt=0.0, le=3.2e7, allow_inf_nan=False)
+    semantic: SemanticSettings = SemanticSettings()
 
 
 class LanguageRule(Section):
@@ -100,6 +116,8 @@ class GatewaySettings(Section):
     """Where files of batches lie; ~/.local/state/pingjia/PORT when None."""
     max_file_bytes: int = Field(100_000_000, ge=1_000)
     """The largest file a client may upload for a batch."""
+    traces_url: str | None = Field(None, pattern="^https?://")
+    """`http://collector:4318`: traces of requests go there, by OTLP over HTTP. OTEL_* variables ask for them too."""
     cors_origins: tuple[str, ...] = ()
     """Web origins whose pages may call; none by default."""
     access_log: bool = True

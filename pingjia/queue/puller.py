@@ -12,7 +12,8 @@ from typing import cast
 from pingjia.queue.job import Claim, End
 from pingjia.queue.policy import Pace
 from pingjia.queue.protocol import Queue, QueueLost, WorkerCard
-from pingjia.types import Backend, Chunk
+from pingjia.trace import NO_TRACER, Tracer, traced
+from pingjia.types import Backend, Chunk, Request
 
 log = logging.getLogger("pingjia.queue")
 
@@ -39,6 +40,7 @@ class Puller:
         clock: Callable[[], float] = monotonic,
         on_claim: Callable[[Claim], None] = lambda claim: None,
         on_end: Callable[[End], None] = lambda end: None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self.name = name
         self.seats = seats
@@ -49,6 +51,7 @@ class Puller:
         self._clock = clock
         self._on_claim = on_claim
         self._on_end = on_end
+        self._tracer = tracer
         self.is_lost = False
         self._running: dict[str, tuple[Claim, asyncio.Task[None]]] = {}
         self._freed = asyncio.Event()
@@ -93,7 +96,21 @@ class Puller:
             return
         for claim in claims:
             self._on_claim(claim)
+            self._tell_wait(claim)
             self._running[claim.job.id] = (claim, asyncio.create_task(self._answer(claim)))
+
+    def _tell_wait(self, claim: Claim) -> None:
+        """The span of its wait, from its submission to now, by the queue's clock."""
+        if self._tracer.is_on:
+            waited_s = max(0.0, claim.job.deadline_s - claim.left_s)
+            with self._tracer.span("wait", claim.job.request.trace, kind="consumer", ago_s=waited_s) as span:
+                span.set(pingjia__worker=self.name, pingjia__delivery=claim.delivery)
+
+    def _stream(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        chunks = self._backend.stream(request)
+        if self._tracer.is_on:
+            chunks = traced(chunks, self._tracer, request.trace)
+        return cast(AsyncGenerator[Chunk, None], chunks)
 
     async def _until_freed(self, wait_s: float) -> None:
         self._freed.clear()
@@ -143,8 +160,7 @@ class Puller:
         """The backend's chunks, then how it ended."""
         end = End("done")
         try:
-            stream = cast(AsyncGenerator[Chunk, None], self._backend.stream(claim.job.request))
-            async with aclosing(stream):
+            async with aclosing(self._stream(claim.job.request)) as stream:
                 async for chunk in stream:
                     if chunk.finish_reason in ("error", "cancelled"):
                         end = _broken(chunk)

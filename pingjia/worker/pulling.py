@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pingjia.errors import EngineError
 from pingjia.queue.protocol import Queue
 from pingjia.queue.puller import Puller
+from pingjia.trace import NO_TRACER, Tracer
 from pingjia.types import Backend
 from pingjia.worker.health import Health
 
@@ -36,6 +37,7 @@ def pull(
     drain_s: float,
     is_alive: Callable[[], bool] = lambda: True,
     health: Health | None = None,
+    tracer: Tracer = NO_TRACER,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Answer what comes through the queue until SIGTERM or SIGINT; returns when drained.
@@ -45,7 +47,7 @@ def pull(
     whoever started it.
     Raises EngineError when the backend is not alive any more, so that whoever watches the process starts a new one.
     """
-    work = _Work(backend, open_queue, seats, lease_s, drain_s, health or Health())
+    work = _Work(backend, open_queue, seats, lease_s, drain_s, health or Health(), tracer)
     asyncio.run(_pull(work, is_alive, on_ready))
 
 
@@ -57,6 +59,7 @@ class _Work:
     lease_s: float
     drain_s: float
     health: Health
+    tracer: Tracer
 
 
 async def _pull(work: _Work, is_alive: Callable[[], bool], on_ready: Callable[[str], None] | None) -> None:
@@ -91,6 +94,7 @@ def _puller(work: _Work, queue: Queue) -> Puller:
         beat_s=min(1.0, work.lease_s / 4),
         on_claim=work.health.on_claim,
         on_end=work.health.on_end,
+        tracer=work.tracer,
     )
 
 
