@@ -203,6 +203,9 @@ class Server:
         assert request.passed is not None
         url = f"{self._base}/{request.passed.path}"
         headers = {**self._headers(), "content-type": "application/json", "x-request-id": _trace_id(request)}
+        if request.trace:
+            headers["traceparent"], _, state = request.trace.partition(" ")
+            headers |= {"tracestate": state} if state else {}
         async with self._first_token():
             response = await self._session.post(
                 url, data=self._body(request, stream=stream), headers=headers, allow_redirects=False
