@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE))
 
-from stub import StubSettings  # noqa: E402
+from stub_settings import StubSettings  # noqa: E402
 
 
 def free_ports(num: int) -> list[int]:

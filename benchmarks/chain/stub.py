@@ -13,9 +13,10 @@ import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from stub_settings import StubSettings
 
 from pingjia.chat.tokenizer import as_messages
 from pingjia.cluster import ConsulSettings, Member, MemberSettings, calibrate
@@ -26,32 +27,6 @@ from pingjia.gateway import GatewaySettings, create_app, serve
 from pingjia.types import Chunk, EngineStats, Message, ModelCard, Request, Usage
 
 FIRST_BYTE = 3
-
-
-@dataclass(frozen=True)
-class StubSettings:
-    """What a stub replica is told. tokens_per_s: of all its answers together; seats: answers at once."""
-
-    port: int
-    tokens_per_s: float = 200.0
-    seats: int = 8
-    name: str = ""
-    service: str = "pingjia"
-    consul: str = ""
-    host: str = "127.0.0.1"
-    digest: str = "d" * 64
-    ttl_s: float = 3.0
-    beat_s: float = 0.75
-    leave_s: float = 3.0
-    drain_s: float = 30.0
-    weight: int | None = None
-    version: str = "1"
-    fails: bool = False  # never ready: what a bad version does
-    max_concurrent: int = 512
-    token: str = ""
-
-    def argument(self) -> str:
-        return json.dumps(asdict(self))
 
 
 class ByteTokenizer:

@@ -200,7 +200,7 @@ class Member:
 
     def _write_down(self, complaint: str | None) -> None:
         definition = self._definition(complaint)
-        there = self._consul.own(self.settings.name) if self._published is not None else None
+        there = self._consul.own(self.settings.id) if self._published is not None else None
         if there is not None and (there.get("Meta") or {}).get("instance") != self.instance:
             raise ConsulRefused(
                 f"another process has taken the name {self.settings.name!r} ({there.get('Address')}:{there.get('Port')}"
@@ -212,7 +212,7 @@ class Member:
 
     def _tell(self, complaint: str | None) -> None:
         status = "critical" if complaint else "passing"
-        self._consul.set_check(f"service:{self.settings.name}", status, complaint or "tokens come out")
+        self._consul.set_check(f"service:{self.settings.id}", status, complaint or "tokens come out")
 
     def _check(self, complaint: str | None) -> dict[str, Any]:
         return {
@@ -231,7 +231,7 @@ class Member:
         # As it was when the weight was published: a rate in every beat would wake every watcher.
         rate = self._speed.tokens_per_s if self._about.weight else weight / 10
         return {
-            "ID": self.settings.name,
+            "ID": self.settings.id,
             "Name": self.settings.service,
             "Address": self.settings.address,
             "Port": self.settings.port,
@@ -257,7 +257,7 @@ class Member:
 
     def _leave(self) -> None:
         try:
-            self._consul.deregister(self.settings.name)
+            self._consul.deregister(self.settings.id)
             self._consul.delete(key_of(self.settings.service, self.settings.name))
         except PingjiaError as e:
             log.warning("%s; Consul will find out in %g s by itself", e, self.settings.ttl_s)

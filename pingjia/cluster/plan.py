@@ -124,15 +124,23 @@ def waiting_in_turn(seats: int, arrivals_per_s: float, service: Service, of: int
         return math.exp(-of * math.log1p(s * gap_s / of))
 
     root = _root(lambda x: transform(seats * rate * (1.0 - x)))
+    if abs(seats * (1.0 - root) - round(seats * (1.0 - root))) < 1e-7:
+        # A term of the sum is 0 / 0 there, with a limit: look beside it.
+        return waiting_in_turn(seats, arrivals_per_s * (1.0 + 1e-6), service, of)
     total, ratio = 1.0 / (1.0 - root), 1.0
     for j in range(1, seats + 1):
         phi = transform(j * rate)
         ratio *= (seats - j + 1) / j * (1.0 - phi) / phi
         total += ratio / (1.0 - phi) * (seats * (1.0 - phi) - j) / (seats * (1.0 - root) - j)
     probability = min(1.0, 1.0 / (total * (1.0 - root)))
-    evenness = 1.0 / of
-    scale = (evenness + service.variation) / (evenness + 1.0)
+    scale = _wait_beside(busy, 1.0 / of, service.variation) / _wait_beside(busy, 1.0 / of, 1.0)
     return _waiting(busy, probability, 1.0 / (seats * rate * (1.0 - root)), scale)
+
+
+def _wait_beside(busy: float, arrivals: float, services: float) -> float:
+    """How waiting depends on both variations, by Kraemer and Langenbach-Belz."""
+    both = arrivals + services
+    return both * math.exp(-2.0 * (1.0 - busy) * (1.0 - arrivals) ** 2 / (3.0 * busy * both)) if both else 0.0
 
 
 def _waiting(busy: float, probability: float, pace_s: float, scale: float) -> Waiting:
@@ -151,7 +159,7 @@ def _root(f: Callable[[float], float]) -> float:
 
 
 def waiting_in_pool(replicas: int, traffic: Traffic, machine: Machine, balance: Balance) -> Waiting:
-    """Waiting in a pool of equal replicas."""
+    """Waiting in a pool of equal replicas. `least` is a bound from below: no request can change its queue later."""
     service, arrivals = service_of(traffic, machine), traffic.requests_per_s
     if balance == "least":
         return waiting_for_all(replicas * machine.seats, arrivals, service)

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import blake2b
 
+_SLACK = 2  # with few answers in work, chance alone goes beyond any fair share; one or two more hurt nobody
 _POINTS = 64  # of a replica with the mean weight; the largest share is then some 25 % above the mean
 
 
@@ -45,7 +46,7 @@ class BoundedRing:
     def room(self, name: str, num_in_work: int) -> int:
         """How many answers a replica may have when there are `num_in_work` in all, the new one not counted."""
         share = self._weights[name] / self._total_weight
-        return math.ceil(self._spread * (num_in_work + 1) * share)
+        return math.ceil(self._spread * (num_in_work + 1) * share) + _SLACK
 
     def pick(self, key: bytes, load_of: Callable[[str], int], num_in_work: int) -> str:
         """The replica for a key. There always is one with room: not all can have more than their share."""

@@ -49,6 +49,11 @@ class MemberSettings(Section):
     forget_after_s: float = Field(3600.0, ge=60.0)
     """Consul forgets a replica that has failed for this long."""
 
+    @property
+    def id(self) -> str:
+        """In an agent, where services of all pools lie side by side."""
+        return f"{self.service}:{self.name}"
+
     @field_validator("service", "name")
     @classmethod
     def _is_a_name(cls, value: str) -> str:
