@@ -148,8 +148,8 @@ def bill(facts: Iterable[Fact], settings: CostSettings) -> Bill:
     prices = resolve(settings)
     found = stages(facts)
     costs = [_cost(stage, prices) for stage in found]
-    total = round(sum(costs, Fraction(0)) * _UNIT)
-    units = apportion(total, costs)
+    units = _units(costs)
+    total = sum(units)
     return Bill(
         currency=prices.currency,
         price_per_hour=_decimal(prices.per_hour),
@@ -163,8 +163,19 @@ def bill(facts: Iterable[Fact], settings: CostSettings) -> Bill:
         energy_wh=_decimal(sum((_energy_wh(stage, prices) for stage in found), Fraction(0))),
         peak_bytes=max((stage.peak_bytes for stage in found), default=0),
         stored_bytes=sum(stage.stored_bytes for stage in found),
-        total=_from_units(total),
+        total=units_of(total),
     )
+
+
+def priced_stages(facts: Iterable[Fact], settings: CostSettings) -> tuple[list[Stage], list[int]]:
+    """The stages of `bill` and what each costs, in millionths of the currency."""
+    prices = resolve(settings)
+    found = stages(facts)
+    return found, _units([_cost(stage, prices) for stage in found])
+
+
+def _units(costs: Sequence[Fraction]) -> list[int]:
+    return apportion(round(sum(costs, Fraction(0)) * _UNIT), costs)
 
 
 def apportion(total: int, weights: Sequence[Fraction]) -> list[int]:
@@ -207,7 +218,7 @@ def _lines(stage: Stage, units: int | None, included_in: str | None = None) -> l
         num_cache_hits=stage.num_cache_hits,
         peak_bytes=stage.peak_bytes,
         stored_bytes=stage.stored_bytes,
-        cost=None if units is None else _from_units(units),
+        cost=None if units is None else units_of(units),
         included_in=included_in,
     )
     return [line, *(part for item in stage.items for part in _lines(item, None, stage.kind))]
@@ -217,15 +228,15 @@ def _shares(found: Sequence[Stage], units: Sequence[int]) -> tuple[Share, ...]:
     requests: list[tuple[Fact, int]] = []
     for stage, part in zip(found, units, strict=True):
         asked = stage.requests
-        requests += zip(asked, apportion(part, _weights(asked)), strict=True)
+        requests += zip(asked, apportion(part, weights_of(asked)), strict=True)
     by_who: dict[str, list[tuple[Fact, int]]] = {}
     for fact, part in requests:
         by_who.setdefault(fact.who or UNNAMED, []).append((fact, part))
     return tuple(_share(who, some) for who, some in sorted(by_who.items()))
 
 
-def _weights(requests: Sequence[Fact]) -> list[Fraction]:
-    """By the time each request ran; equally where no time was noted. Cache hits weigh nothing."""
+def weights_of(requests: Sequence[Fact]) -> list[Fraction]:
+    """How a cost is shared: by the time each fact took; equally where no time was noted. Cache hits weigh nothing."""
     weights = [billed_seconds(fact) for fact in requests]
     return weights if any(weights) else [Fraction(not is_cache_hit(fact)) for fact in requests]
 
@@ -237,7 +248,7 @@ def _share(who: str, requests: Sequence[tuple[Fact, int]]) -> Share:
         num_cache_hits=sum(is_cache_hit(fact) for fact, _ in requests),
         prompt_tokens=sum(fact.prompt_tokens for fact, _ in requests),
         completion_tokens=sum(fact.completion_tokens for fact, _ in requests),
-        cost=_from_units(sum(part for _, part in requests)),
+        cost=units_of(sum(part for _, part in requests)),
     )
 
 
@@ -271,7 +282,8 @@ def _decimal(value: Fraction, *, digits: int = 28) -> Decimal:
         return Decimal(value.numerator) / Decimal(value.denominator)
 
 
-def _from_units(units: int) -> Decimal:
+def units_of(units: int) -> Decimal:
+    """Millionths as money."""
     return Decimal(units).scaleb(-DECIMALS)
 
 

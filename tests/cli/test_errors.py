@@ -332,7 +332,7 @@ def test_without_debug_there_is_no_traceback() -> None:
 
 VERBS = [[], ["run"], ["train"], ["eval"], ["quality"], ["exam"], ["serve"], ["chat"], ["export"], ["doctor"], ["env"], ["version"],
          ["data"], ["data", "check"], ["data", "prepare"], ["data", "tokenizer"],
-         ["cost"], ["cost", "report"], ["cost", "compare"], ["quantize"], ["gateway"], ["worker"],
+         ["cost"], ["cost", "report"], ["cost", "compare"], ["cost", "estimate"], ["quantize"], ["gateway"], ["worker"],
          ["keys"], ["keys", "create"], ["keys", "list"], ["keys", "revoke"], ["keys", "show-usage"],
          ["cluster"], ["cluster", "nginx"], ["cluster", "status"], ["cluster", "drain"], ["cluster", "rollout"],
          ["cluster", "plan"]]  # fmt: skip
