@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
+import psutil  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -488,12 +490,32 @@ def _join(settings: TuneSettings, device: torch.device) -> Alone:
         return Alone(device, precision)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index or 0)
-    dist.init_process_group(collective_backend(device), timeout=timedelta(seconds=wanted.timeout_s))
+    backend = collective_backend(device)
+    if backend == "gloo":
+        face_the_first()
+    dist.init_process_group(backend, timeout=timedelta(seconds=wanted.timeout_s))
     if wanted.strategy != "zero3":
         return {"ddp": Ddp, "fsdp2": Fsdp2}[wanted.strategy](device, precision)
     from pingjia.tune.zero3 import Zero3, deepspeed_config
 
     return Zero3(device, precision, deepspeed_config(settings))
+
+
+def face_the_first() -> None:
+    """Have gloo offer the others the address by which this machine reaches the first process.
+
+    By itself it takes what the machine's own name resolves to, which is 127.0.1.1 on Debian: no other machine gets
+    there. GLOO_SOCKET_IFNAME, where it is set, is left alone.
+    """
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    with suppress(OSError):
+        family, _, _, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing
+            own = probe.getsockname()[0]
+        names = [name for name, found in psutil.net_if_addrs().items() if any(each.address == own for each in found)]
+        if names:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
 
 
 def local_rank() -> int | None:

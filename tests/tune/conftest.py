@@ -175,19 +175,21 @@ def fork_ranks() -> Iterator[Callable[[dict[str, Any], int], list[list[Any]]]]:
 
 @pytest.fixture
 def train_in(tmp_path: Path, tiny_llama: Path, rows_file: Path, fork_ranks: Any) -> Callable[..., Path]:
-    """train_in(name, strategy, count, **TuneSettings): train in forked processes, or in this one with strategy none.
+    """train_in(name, strategy, count, **TuneSettings): train in forked processes; with strategy none in this one, or in
+    one that is forked where rank.py is asked for something.
 
-    What rank.py knows besides (kill_at, out_of_memory, ...) is taken out; model={...} and data={...} add to theirs.
+    What rank.py can do (kill_at, out_of_memory, ...) is taken out of the settings; model={...} and data={...} add to
+    those sections.
     Where they do not all end well: ChildProcessError([[exit code, what was said], ...]).
     """
-    more = ("out_of_memory", "overflow", "kill_at", "kill_rank", "holdings", "dtypes")
+    more = ("out_of_memory", "overflow", "kill_at", "kill_rank", "holdings", "dtypes", "memory_file")
 
     def start(name: str, strategy: str = "none", count: int = 1, **changed: Any) -> Path:
         job = {key: changed.pop(key) for key in more if key in changed}
         model = {"model_name_or_path": str(tiny_llama), "device": "cpu"} | changed.pop("model", {})
         data = {"dataset": [str(rows_file)]} | changed.pop("data", {})
         tune = for_type(changed) | changed | {"output_dir": str(tmp_path / name)}
-        if strategy == "none":
+        if strategy == "none" and not job:
             train(ModelSettings(**model), DataSettings(**data), TuneSettings(**tune))
             return tmp_path / name
         tune["distributed"] = {"strategy": strategy, "processes": count, "timeout_s": 60}

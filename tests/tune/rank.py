@@ -5,6 +5,7 @@ usage: rank.py JSON, with the keys model, data, tune (settings), and optionally
 - kill_at: the process `kill_rank` ends by SIGKILL after that update
 - out_of_memory: {"rank": 1, "at": {"37": 2}, "in": "forward"}: that process has no memory left twice after update 37,
   in the middle of a layer
+- memory_file: a file for what the run was planned to hold, and what it held at most
 - dtypes: a file for the formats in which linears computed in the last process
 - overflow: {"rank": 1, "at": {"3": 2}}: its gradients overflow twice after update 3
 """
@@ -15,6 +16,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 
 from pingjia.data.settings import DataSettings
 from pingjia.models.settings import ModelSettings
-from pingjia.tune import Hooks, loop, relief, train, zero3
+from pingjia.tune import Hooks, TrainPlan, loop, relief, train, zero3
 from pingjia.tune.distributed import Alone
 from pingjia.tune.launch import die_with_launcher
 from pingjia.tune.settings import TuneSettings
@@ -120,12 +122,15 @@ def run(job: dict[str, Any]) -> None:
         lambda module, args, output: seen.add(str(output.dtype)) if type(module) is torch.nn.Linear else None
     )
     holdings: list = []
-    train(
+    plans: list[TrainPlan] = []
+    result = train(
         ModelSettings(**job["model"]),
         DataSettings(**job["data"]),
         TuneSettings(**job["tune"]),
-        hooks=Hooks(on_shared_out=holdings.extend),
+        hooks=Hooks(on_shared_out=holdings.extend, on_plan=plans.append),
     )
+    if "memory_file" in job:
+        Path(job["memory_file"]).write_text(json.dumps(asdict(plans[0].memory) | {"measured": result.peak_bytes}))
     if rank and "dtypes" in job:
         Path(job["dtypes"]).write_text(" ".join(sorted(seen)))
     if rank == 0 and "holdings" in job:
