@@ -156,6 +156,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     if service.upstream is not None:
         await service.upstream.start()
     await service.roads.start()
+    app.state.jobs.accounts.start()
     await app.state.batches.start()
     yield
     await app.state.batches.close()

@@ -18,14 +18,14 @@ from typing import Any, Literal
 from pingjia.gateway import chat, completions
 from pingjia.gateway.answer import Answer
 from pingjia.gateway.ask import Ask
-from pingjia.gateway.errors import IdempotencyConflict, JobNotFound, NotReady, describe, status_of
+from pingjia.gateway.errors import IdempotencyConflict, JobNotFound, NotReady, describe
+from pingjia.gateway.job_accounts import JobAccounts, Post
 from pingjia.gateway.responses import ErrorBody, JobOut
 from pingjia.gateway.roads import with_seeds
 from pingjia.gateway.service import Caller, Service
 from pingjia.gateway.tools import Toolbox
-from pingjia.ledger import Fact
 from pingjia.queue.job import End, Job, JobStatus
-from pingjia.types import ModelCard, Request, Sampling, Usage
+from pingjia.types import ModelCard, Request, Sampling
 
 log = logging.getLogger("pingjia.gateway")
 
@@ -72,7 +72,14 @@ class Jobs:
         self._service = service
         self._queue = service.roads.queue
         self._keep_s = service.settings.result_s
-        self._accountants: set[asyncio.Task[None]] = set()
+        self.accounts = JobAccounts(
+            self._queue,
+            service.roads.queued.owner,
+            self._answer_to,
+            service.append,
+            service.metrics.on_share,
+            look_s=service.settings.queue_lease_s / 2,
+        )
 
     async def accept(self, ask: Ask, kind: Kind, caller: Caller, body: bytes, idempotency_key: str) -> JobOut:
         """Take the request on, once for each idempotency key. Raises like `Service.answering` before an answer."""
@@ -94,7 +101,7 @@ class Jobs:
                 await self._queue.remove("same", mark)
             raise
         await self._queue.save("job", record.id, _dump(record), tenant=caller.key.owner, keep_s=2 * self._keep_s)
-        self._account_later(record)
+        await self.accounts.open(_post(record, self.accounts.gateway))
         return await self._describe(record, with_result=False)
 
     async def get(self, job_id: str, caller: Caller) -> JobOut:
@@ -109,10 +116,8 @@ class Jobs:
         return await self._describe(record, with_result=True)
 
     async def close(self) -> None:
-        """Stop waiting for the ends of jobs; the next look at each brings it to account."""
-        for task in self._accountants:
-            task.cancel()
-        await asyncio.gather(*self._accountants, return_exceptions=True)
+        """Stop waiting for the ends of jobs."""
+        await self.accounts.close()
 
     # ---- inside
 
@@ -162,46 +167,13 @@ class Jobs:
         return {**json.loads(whole.dump()), "created": record.created}
 
     def _answer(self, record: JobRecord) -> Answer:
-        requests = [Request(request_id, (), Sampling()) for request_id in record.request_ids]
+        return self._answer_to(record.request_ids, record.n)
+
+    def _answer_to(self, request_ids: Sequence[str], n: int) -> Answer:
+        requests = [Request(request_id, (), Sampling()) for request_id in request_ids]
         deadline = asyncio.get_running_loop().time() + self._keep_s
         backend, clock = self._service.roads.queued, self._service.clock
-        return Answer(backend, requests, choices_per_prompt=record.n, deadline=deadline, clock=clock)
-
-    def _account_later(self, record: JobRecord) -> None:
-        task = asyncio.create_task(self._account(record))
-        self._accountants.add(task)
-        task.add_done_callback(self._accountants.discard)
-
-    async def _account(self, record: JobRecord) -> None:
-        """One fact for the ledger when it has ended."""
-        started, answer, ending = self._service.clock(), self._answer(record), None
-        try:
-            await answer.completions()
-        except Exception as e:
-            ending = e
-        finally:
-            await answer.close()
-        note = {"model": record.model, "status": status_of(ending), "job": record.id, "share_s": _computing_s(answer)}
-        self._service.append(_fact(record, answer.usage, self._service.clock() - started, note))
-
-
-def _computing_s(answer: Answer) -> float:
-    """Seconds from first to last token, of all choices: what a budget counts. It must not pay for waiting."""
-    spans = [t.last_at - t.first_at for t in answer.tallies if t.first_at is not None and t.last_at is not None]
-    return round(sum(spans), 6)
-
-
-def _fact(record: JobRecord, usage: Usage, seconds: float, note: dict[str, Any]) -> Fact:
-    return Fact(
-        kind="serve.request",
-        seconds=round(seconds, 6),
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        cached_tokens=usage.cached_tokens,
-        num_requests=1,
-        who=record.key_id,
-        note=note,
-    )
+        return Answer(backend, requests, choices_per_prompt=n, deadline=deadline, clock=clock)
 
 
 def _record(ask: Ask, kind: Kind, caller: Caller, body: bytes) -> JobRecord:
@@ -219,6 +191,12 @@ def _record(ask: Ask, kind: Kind, caller: Caller, body: bytes) -> JobRecord:
         digest=hashlib.sha256(body).hexdigest(),
         tool_names=ask.toolbox.names,
         max_calls=ask.toolbox.at_most,
+    )
+
+
+def _post(record: JobRecord, gateway: str) -> Post:
+    return Post(
+        record.id, gateway, tuple(record.request_ids), record.n, record.model, record.key_id, asked_at=time.time()
     )
 
 

@@ -30,11 +30,11 @@ from pingjia.gateway.rate_limits import RateLimits
 from pingjia.gateway.roads import Road as RoadName
 from pingjia.gateway.roads import Roads, Turn
 from pingjia.gateway.settings import GatewaySettings
-from pingjia.gateway.shares import Shares
 from pingjia.gateway.upstream import Upstream
 from pingjia.gateway.upstream_body import PassedChatBody
 from pingjia.ledger import Fact, Ledger
 from pingjia.queue.job import Rank
+from pingjia.queue.shares import Shares
 from pingjia.trace import NO_SPAN, Span
 from pingjia.types import ModelCard, Request, as_dict
 

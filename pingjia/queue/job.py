@@ -63,13 +63,17 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a job ended, once. `error` names the exception that a waiting client gets; "" for none."""
+    """How a job ended, once. `error` names the exception that a waiting client gets; "" for none.
+
+    share_s: its part of the worker's time, in which several jobs share every second.
+    """
 
     kind: EndKind
     message: str = ""
     error: str = ""
     param: str | None = None
     code: str | None = None
+    share_s: float = 0.0
 
     @classmethod
     def of(cls, exc: Exception) -> End:
@@ -155,12 +159,12 @@ def load_chunks(text: str) -> tuple[Chunk, ...]:
 
 def dump_end(end: End) -> str:
     """The end as JSON text."""
-    return json.dumps([end.kind, end.message, end.error, end.param, end.code], separators=(",", ":"))
+    return json.dumps([end.kind, end.message, end.error, end.param, end.code, end.share_s], separators=(",", ":"))
 
 
 def load_end(text: str) -> End:
     """The end that `dump_end` wrote."""
-    return End(*json.loads(text))
+    return End(*json.loads(text)[:6])
 
 
 def _chunk_row(chunk: Chunk) -> list[Any]:

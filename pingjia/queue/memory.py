@@ -94,6 +94,7 @@ class MemoryQueue:
         self._number = 0
         self._counts: Counter[str] = Counter()
         self._num_redelivered = 0
+        self._boards: dict[str, dict[str, str]] = {}
         self._records: dict[tuple[str, str], tuple[str, str, float]] = {}
 
     # ---- jobs
@@ -190,6 +191,9 @@ class MemoryQueue:
     async def alive(self, owner: str) -> None:
         self._owners[owner] = self._clock()
 
+    async def is_heard(self, owner: str) -> bool:
+        return self._clock() - self._owners.get(owner, -1e9) <= self.limits.lease_s
+
     async def stats(self) -> QueueStats:
         now = self._clock()
         return QueueStats(
@@ -226,6 +230,15 @@ class MemoryQueue:
             del self._records[key]
         text, owner, _ = self._records.get((kind, record_id), (None, None, 0.0))
         return text if owner == tenant else None
+
+    async def post(self, board: str, post_id: str, text: str) -> None:
+        self._boards.setdefault(board, {})[post_id] = text
+
+    async def posted(self, board: str) -> dict[str, str]:
+        return dict(self._boards.get(board, {}))
+
+    async def take_down(self, board: str, post_id: str) -> bool:
+        return self._boards.get(board, {}).pop(post_id, None) is not None
 
     # ---- inside
 

@@ -17,8 +17,9 @@ from pingjia.queue.job import Rank
 
 WEIGHTS: Mapping[str, float] = {"high": 64.0, "normal": 8.0, "low": 1.0}
 _MAX_RETRY_S = 600.0
-_SLACK_NEW = 1.35  # estimated waits turn out longer: paces vary, and a seat is empty between two answers
-_SLACK_BACK = 1.1  # who comes back when told finds more room than a newcomer
+# Estimated waits turn out longer: paces vary, and a seat is empty between two answers. A newcomer must have much room,
+# who is told to come back is told a time with some to spare, and who does come back is let in if it can be done at all.
+_SLACK_NEW, _SLACK_TOLD, _SLACK_BACK = 1.5, 1.2, 1.0
 _EARLY_S = 1.0  # Retry-After has whole seconds, and clients are not exact
 _LATE = 1.25
 _MAX_LINE = 10  # promises a tenant may have open, in shares of the queue; beyond it no memory is spent
@@ -281,7 +282,7 @@ class Gate:
         ]
         wait_s = load.wait_s(wish.rank, wish.largest)
         if wait_s is not None:
-            may_wait_s = (wish.deadline_s - load.compute_s(wish.largest)) / _SLACK_BACK
+            may_wait_s = (wish.deadline_s - load.compute_s(wish.largest)) / _SLACK_TOLD
             excess.append((wait_s - may_wait_s) * (load.units_per_s or 0.0))
         return max(excess)
 

@@ -117,6 +117,10 @@ class Queue(Protocol):
         """The gateway of that name is there; jobs of an owner that is not are not begun."""
         ...
 
+    async def is_heard(self, owner: str) -> bool:
+        """Whether a gateway of that name was there within the lease."""
+        ...
+
     async def stats(self) -> QueueStats: ...
 
     async def close(self) -> None:
@@ -137,4 +141,16 @@ class Records(Protocol):
 
     async def load(self, kind: str, record_id: str, *, tenant: str) -> str | None:
         """The text; None when there is none, or it is another tenant's."""
+        ...
+
+    async def post(self, board: str, post_id: str, text: str) -> None:
+        """Put it up for whoever looks at the board, until it is taken down."""
+        ...
+
+    async def posted(self, board: str) -> Mapping[str, str]:
+        """What is up, by id."""
+        ...
+
+    async def take_down(self, board: str, post_id: str) -> bool:
+        """True for the one who did; False when it was not up any more."""
         ...

@@ -6,12 +6,14 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from time import monotonic
 from typing import cast
 
 from pingjia.queue.job import Claim, End
 from pingjia.queue.policy import Pace
 from pingjia.queue.protocol import Queue, QueueLost, WorkerCard
+from pingjia.queue.shares import Shares
 from pingjia.trace import NO_TRACER, Tracer, traced
 from pingjia.types import Backend, Chunk, Request
 
@@ -52,6 +54,7 @@ class Puller:
         self._on_claim = on_claim
         self._on_end = on_end
         self._tracer = tracer
+        self._shares = Shares(clock)
         self.is_lost = False
         self._running: dict[str, tuple[Claim, asyncio.Task[None]]] = {}
         self._freed = asyncio.Event()
@@ -119,21 +122,23 @@ class Puller:
                 await self._freed.wait()
 
     async def _answer(self, claim: Claim) -> None:
-        started = self._clock()
+        started, entered = self._clock(), self._shares.enter(1)
         try:
             async with asyncio.timeout(max(0.001, claim.left_s)):
-                await self._relay(claim)
+                await self._relay(claim, entered)
             self.pace.add(claim.job.cost, self._clock() - started)
         except TimeoutError:
-            await self._end(claim, 1_000_000, (), End("expired", "it was not complete before its deadline"), 0)
+            end = End("expired", "it was not complete before its deadline", share_s=self._shares.since(entered))
+            await self._end(claim, 1_000_000, (), end, 0)
         except QueueLost:
             log.warning("request %s: the queue is out of reach; another worker will take it over", claim.job.id)
         finally:
+            self._shares.leave(1, entered)
             if self._running.get(claim.job.id, (None,))[0] is claim:
                 del self._running[claim.job.id]
             self._freed.set()
 
-    async def _relay(self, claim: Claim) -> None:
+    async def _relay(self, claim: Claim, entered: float) -> None:
         """Chunks that come while others are being sent go together with the next."""
         news: asyncio.Queue[Chunk | End] = asyncio.Queue()
         sent_at = -1e9
@@ -147,6 +152,7 @@ class Puller:
                 seq += 1
                 last = items[-1]
                 if isinstance(last, End):
+                    last = replace(last, share_s=round(self._shares.since(entered), 6))
                     await self._end(claim, seq, chunks, last, claim.job.request.num_prompt + num_tokens)
                     return
                 sent_at = self._clock()

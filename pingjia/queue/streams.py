@@ -143,6 +143,9 @@ class StreamQueue:
         key, lease_ms = f"{self._prefix}owner:{owner}", int(self.limits.lease_s * 1000)
         await self._ask(lambda: self._redis.set(key, "1", px=lease_ms), 0.0)
 
+    async def is_heard(self, owner: str) -> bool:
+        return bool(await self._ask(lambda: self._redis.exists(f"{self._prefix}owner:{owner}"), 0.0))
+
     async def stats(self) -> QueueStats:
         waiting, units, claimed, tenants, cards, ended, redelivered, oldest_ms = await self._step("stats", 0.0)
         self._cards = tuple(sorted((WorkerCard.load(text) for text in cards), key=lambda card: card.name))
@@ -173,6 +176,17 @@ class StreamQueue:
         value = await self._ask(lambda: self._redis.get(key), self._patience_s)
         owner, text = json.loads(value) if value else (None, None)
         return text if owner == tenant else None
+
+    async def post(self, board: str, post_id: str, text: str) -> None:
+        await self._ask(lambda: self._redis.hset(f"{self._prefix}board:{board}", post_id, text), self._patience_s)
+
+    async def posted(self, board: str) -> dict[str, str]:
+        found: dict[str, str] = await self._ask(lambda: self._redis.hgetall(f"{self._prefix}board:{board}"), 0.0)
+        return found
+
+    async def take_down(self, board: str, post_id: str) -> bool:
+        key = f"{self._prefix}board:{board}"
+        return bool(await self._ask(lambda: self._redis.hdel(key, post_id), self._patience_s))
 
     # ---- inside
 

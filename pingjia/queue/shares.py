@@ -30,6 +30,11 @@ class Shares:
         self._num -= num
         return num * (self._per_answer_s - entered)
 
+    def since(self, entered: float) -> float:
+        """Seconds of one answer so far."""
+        self._advance()
+        return self._per_answer_s - entered
+
     def _advance(self) -> None:
         now = self._clock()
         if self._num > 0:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pingjia.gateway.shares import Shares
+from pingjia.queue.shares import Shares
 
 
 class Clock:
