@@ -6,24 +6,31 @@ In front of the roads, so that a kept answer waits for no queue. `cache_key.py` 
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from prometheus_client import CollectorRegistry, Counter
 
 from pingjia.gateway.answer import Source
+from pingjia.gateway.ask import Ask
 from pingjia.gateway.cache_key import Weights, cache_key, is_repeatable, weights_of
 from pingjia.gateway.cache_store import MemoryStore, RedisStore, Store
 from pingjia.gateway.cached_answer import CachedAnswer, load, reused
 from pingjia.gateway.flights import Flight, Flights, Follower
+from pingjia.gateway.semantic import Semantics, Topic, topic_of
 from pingjia.gateway.settings import GatewaySettings
 from pingjia.types import Chunk, ModelCard, Request
 
+log = logging.getLogger("pingjia.gateway")
+
 HEADER = "x-cache"
+_MAX_CHECKS = 4  # real answers beside kept ones that are computed at once
 
 
 Road = Callable[[Sequence[Request]], AbstractAsyncContextManager[Source]]
@@ -59,6 +66,8 @@ class Question:
     headers: MutableMapping[str, str]
     was_seeded: bool
     """Whether the client itself gave a seed: one that was drawn for it never comes again."""
+    ask: Ask | None = None
+    """What was asked, where another question may have said the same."""
 
 
 class ResultCache:
@@ -72,6 +81,8 @@ class ResultCache:
         self._max_age_s = settings.cache.max_age_s
         self._cards = cards
         self._flights = Flights()
+        self.semantics = Semantics(settings.cache.semantic, registry)
+        self._checks: set[asyncio.Task[None]] = set()
         self._purges = 0
         self._counts = Counter("pingjia_cache_requests", "By X-Cache", ["outcome"], registry=registry)
         self._saved = Counter(
@@ -87,13 +98,13 @@ class ResultCache:
             async with road(requests) as source:
                 yield source
             return
-        answers = CachedAnswers(self, question, weights, road)
+        answers = CachedAnswers(self, question, weights, road, self._topic(requests, question, weights))
         try:
             for request in requests:
                 await answers.look_up(request)
             if answers.are_shared:
                 question.headers.setdefault("age", "0")
-            self._note(question, "HIT" if answers.are_shared else "MISS")
+            self._note(question, answers.outcome)
             yield answers
         finally:
             await answers.close()
@@ -101,10 +112,20 @@ class ResultCache:
     async def purge(self, owner: str | None) -> int:
         """Forget the answers of an owner, or of everybody; those on their way are not kept either."""
         self._purges += 1
+        self.semantics.purge(owner)
         return await self._store.purge(owner)
 
     async def close(self) -> None:
+        for check in self._checks:
+            check.cancel()
+        await asyncio.gather(*self._checks, return_exceptions=True)
+        await self.semantics.close()
         await self._store.close()
+
+    def _topic(self, requests: Sequence[Request], question: Question, weights: Weights) -> Topic | None:
+        if not self.semantics.has_encoder or question.ask is None:
+            return None
+        return topic_of(question.ask, requests, weights, question.owner)
 
     def _weights(self, requests: Sequence[Request], question: Question) -> Weights | None:
         """None: these answers are none of the cache's business."""
@@ -139,7 +160,35 @@ class ResultCache:
     def join(self, key: str) -> Follower | None:
         return self._flights.join(key)
 
-    def begin(self, key: str, request: Request, question: Question, road: Road) -> Follower:
+    async def find_alike(self, topic: Topic, question: Question) -> CachedAnswer | None:
+        """The kept answer to another question that says the same."""
+        key = await self.semantics.find(topic)
+        answer = await self.find(key, question) if key is not None else None
+        if key is not None and answer is None:
+            self.semantics.forget(topic)
+        return answer
+
+    def check_some(self, request: Request, given: CachedAnswer, key: str, asked: CachedAnswers) -> None:
+        """Of a share of the answers that were given to another question, compute the real one and compare."""
+        if self.semantics.wants_check and len(self._checks) < _MAX_CHECKS:
+            task = asyncio.create_task(self._check(request, given, key, asked))
+            self._checks.add(task)
+            task.add_done_callback(self._checks.discard)
+
+    async def _check(self, request: Request, given: CachedAnswer, key: str, asked: CachedAnswers) -> None:
+        real: list[Chunk] = []
+        try:
+            follower = self.begin(key, replace(request, id=f"{request.id}-check"), asked.question, asked.road)
+            try:
+                real = [chunk async for chunk in follower.chunks()]
+            finally:
+                await follower.leave()
+        except Exception as e:
+            log.info("a semantic hit could not be checked: %s", e)
+            return
+        await self.semantics.judge(text_of(given.chunks), text_of(real))
+
+    def begin(self, key: str, request: Request, question: Question, road: Road, topic: Topic | None = None) -> Follower:
         """Compute the answer, for this question and for those that join it; keep it when it is whole."""
         started, purges = time.perf_counter(), self._purges
 
@@ -150,6 +199,8 @@ class ResultCache:
             if whole and purges == self._purges and self._is_served(question):
                 answer = CachedAnswer(tuple(flight.answer), time.time(), round(seconds, 6))
                 await self._store.put(question.owner, key, answer.dump())
+                if topic is not None:
+                    self.semantics.add(topic, question.owner, key)
             self._saved.inc(seconds * (flight.num_joined - 1))
 
         return self._flights.begin(key, lambda: _travel(request, road), landed, request.sampling.n)
@@ -168,6 +219,8 @@ class CachedAnswers:
     question: Question
     weights: Weights
     road: Road
+    topic: Topic | None = None
+    is_alike: bool = False
     _kept: dict[str, CachedAnswer] = field(default_factory=dict)
     _coming: dict[str, Follower] = field(default_factory=dict)
 
@@ -180,10 +233,26 @@ class CachedAnswers:
         # A flight ends when its answer is kept: whoever finds neither before nor after has missed nothing.
         follower = self.cache.join(key)
         answer = None if follower is not None else await self.cache.find(key, self.question)
+        if answer is None and follower is None and self.topic is not None:
+            answer = await self._look_alike(request, key, self.topic)
         if answer is not None:
             self._kept[request.id] = answer
         else:
             self._coming[request.id] = follower or self.cache.join(key) or self._begin(key, request)
+
+    async def _look_alike(self, request: Request, key: str, topic: Topic) -> CachedAnswer | None:
+        answer = await self.cache.find_alike(topic, self.question)
+        if answer is not None:
+            self.is_alike = True
+            self.cache.check_some(request, answer, key, self)
+        return answer
+
+    @property
+    def outcome(self) -> str:
+        """What X-Cache says."""
+        if not self.are_shared:
+            return "MISS"
+        return "SEMANTIC" if self.is_alike else "HIT"
 
     @property
     def are_shared(self) -> bool:
@@ -224,7 +293,12 @@ class CachedAnswers:
             await follower.leave()
 
     def _begin(self, key: str, request: Request) -> Follower:
-        return self.cache.begin(key, request, self.question, self.road)
+        return self.cache.begin(key, request, self.question, self.road, self.topic)
+
+
+def text_of(chunks: Sequence[Chunk]) -> str:
+    """An answer as text; calls and the like as they were said."""
+    return "".join(chunk.foreign or chunk.text for chunk in chunks)
 
 
 async def _travel(request: Request, road: Road) -> AsyncIterator[Chunk]:
