@@ -127,7 +127,8 @@ class Member:
         try:
             self._speed.observe(self._subject.stats())
             self._obey()
-            complaint = self._complaint_of() if self._complaint_of else None
+            # Drained is failing, too: whoever reads only Consul's checks sends nothing more either.
+            complaint = "drained" if self._order.drain else self._ask_health()
             self._write_down(complaint)
             self._tell(complaint)
         except NotRegistered:
@@ -144,6 +145,9 @@ class Member:
             log.info("%s is in the pool %s again", self.settings.name, self.settings.service)
         self._num_failures = 0
         return self.settings.beat_s
+
+    def _ask_health(self) -> str | None:
+        return self._complaint_of() if self._complaint_of else None
 
     def _fail(self, why: str) -> int:
         if not self._num_failures:

@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -146,6 +147,18 @@ def test_a_token_is_needed_where_consul_wants_one(need, processes):
     until(registers, "the token to work")
     assert somebody.own("x") is not None
     assert nobody.health("x").body == []  # Consul shows nothing to those who may not see
+    # A replica with no more rights than deploy/consul/policy.hcl gives it.
+    admin = httpx.Client(base_url=server.url, headers={"X-Consul-Token": secret}, trust_env=False)
+    rules = (Path(__file__).resolve().parents[2] / "deploy" / "consul" / "policy.hcl").read_text()
+    admin.put("/v1/acl/policy", json={"Name": "replica", "Rules": rules}).raise_for_status()
+    made = admin.put("/v1/acl/token", json={"Policies": [{"Name": "replica"}]}).raise_for_status().json()
+    process = Replicas(processes, server.url, leave_s=0.1).start("a", token=made["SecretID"])
+    until(lambda: [r.state for r in read_replicas(somebody.health("pingjia").body)] == [State.PASSING], "a replica")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+    assert somebody.health("pingjia").body == []
+    assert "Permission denied" not in processes.log("a").read_text()
+    admin.close()
     nobody.close()
     somebody.close()
 
