@@ -68,6 +68,8 @@ def rehearse(model_settings: ModelSettings, data_settings: DataSettings, setting
         inputs = read_inputs(model_settings, data_settings, elsewhere, device)
         job = build(inputs, Alone(device), Hooks())
         plan = plan_of(job.run, job.targets, inputs.dropped)
+        if not any(row.rate for row in plan.rates):
+            raise TrainingError("learning_rate is 0 for everything that is trained: no weight would move; give a rate")
         trial = try_run(job.run, num_typical=NUM_TYPICAL)
         _check_saved(job.run.trained, Path(folder) / "saved")
     pace = tokens_per_s(trial)
