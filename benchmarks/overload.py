@@ -228,6 +228,9 @@ class Clients:
         started = time.monotonic()
         try:
             status, retry_after_s = await _post(self.url, body, headers, self.deadline_s + 20)
+        except (TimeoutError, OSError, EOFError, IndexError) as e:  # counted as failed below
+            print(f"client {number}: {type(e).__name__} after {time.monotonic() - started:.1f} s", file=sys.stderr)
+            status, retry_after_s = 0, None
         finally:
             self.load.num_open -= 1
         ended = time.monotonic()
