@@ -32,6 +32,7 @@ from pingjia.gateway.roads import Roads, Turn
 from pingjia.gateway.settings import GatewaySettings
 from pingjia.gateway.upstream import Upstream
 from pingjia.gateway.upstream_body import PassedChatBody
+from pingjia.gateway.upstream_metrics import UpstreamCollector
 from pingjia.ledger import Fact, Ledger
 from pingjia.queue.job import Rank
 from pingjia.queue.shares import Shares
@@ -121,6 +122,8 @@ class Service:
         self.metrics = roads.metrics
         self.tracer = roads.tracer
         self.metrics.registry.register(QueueCollector(roads))
+        if self.upstream is not None:
+            self.metrics.registry.register(UpstreamCollector(self.upstream))
         self._ledger = ledger
         self.clock = clock
         rates = RateLimits(settings.redis_url, local_share=settings.local_limit_share, clock=clock)

@@ -28,6 +28,8 @@ from pingjia.types import Chunk, EngineStats, ModelCard, Request, Usage
 
 log = logging.getLogger("pingjia.gateway")
 
+_MARGIN = 1.5  # an estimate may be that far off
+
 
 class Upstream:
     """A backend whose answers come from other servers. `start` on the event loop before it is used, `stop` at the end.
@@ -109,8 +111,19 @@ class Upstream:
         return any(server.is_well for server in self._servers)
 
     async def requests_of(self, ask: Ask, settings: GatewaySettings) -> tuple[Request, ...]:
-        """What servers are asked for this, one request per choice."""
-        return requests_of(ask, settings, self._correction(ask.card.id).apply)
+        """What servers are asked for this, one request per choice.
+
+        Where an estimate may be too far off, as the answer gets what the prompt leaves, a server is asked to count.
+        """
+        correct = self._correction(ask.card.id).apply
+        requests = requests_of(ask, settings, correct)
+        prompt = max(request.num_prompt for request in requests)
+        fits = not ask.card.max_model_len or _MARGIN * prompt + settings.default_max_tokens <= ask.card.max_model_len
+        if fits or len(ask.prompts) > 1 or ask.max_tokens is not None or ask.max_total is not None:
+            return requests
+        server = next((s for s in self._servers if s.serves(ask.card.id)), None)
+        count = await server.count(requests[0]) if server is not None else None
+        return requests if count is None else requests_of(ask, settings, lambda _: count)
 
     async def stream(self, request: Request) -> AsyncIterator[Chunk]:
         """The answer of one server. Another is asked when it fails before its first piece, and never later.

@@ -71,7 +71,8 @@ class Server:
         self.is_well = False
         self.num_outstanding = 0
         self.num_begun = 0
-        self.num_failures = 0  # in a row
+        self.num_failures = 0  # in a row, of a kind that says it is not well
+        self.num_failed = 0
         self.why = "it was not asked yet"
         self.busy_until = 0.0
         self.heard_at = time.monotonic()
@@ -81,6 +82,7 @@ class Server:
         self._http: aiohttp.ClientSession | None = None
         self._base = settings.url.rstrip("/")
         self._models_at = 0.0
+        self._can_count = True
 
     async def start(self) -> None:
         """Open what connections need."""
@@ -134,6 +136,7 @@ class Server:
 
     def failed(self, error: UpstreamFailed) -> None:
         """Take note of an answer that broke."""
+        self.num_failed += 1
         self.num_failures += isinstance(error, ServerLost)
         if self.num_failures >= self._common.max_failures or (isinstance(error, ServerLost) and error.is_gone):
             self._is_unwell(str(error))
@@ -166,6 +169,28 @@ class Server:
         self._models_at = time.monotonic()
         if not self.models:
             raise UpstreamFailed(f"{self._base}/models lists no model that is to be served")
+
+    async def count(self, request: Request) -> int | None:
+        """Tokens of the prompt as the server counts them; None where it does not (vLLM, SGLang and pingjia do)."""
+        assert request.passed is not None
+        assert request.adapter is not None
+        if not self._can_count:
+            return None
+        said = json.loads(request.passed.body)
+        asked = {name: said[name] for name in ("messages", "prompt", "tools") if name in said}
+        url = f"{self._base.removesuffix('/v1')}/tokenize"
+        body = {"model": self.models[request.adapter].name, **asked}
+        try:
+            async with (
+                asyncio.timeout(_CHECK_WAIT_S),
+                self._session.post(url, json=body, headers=self._headers()) as reply,
+            ):
+                told = json.loads(await reply.content.read(MAX_EVENT)) if reply.status == 200 else {}
+                self._can_count = reply.status not in (404, 405, 422)
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
+            return None
+        count = told.get("count") if isinstance(told, dict) else None
+        return count if isinstance(count, int) and count > 0 else None
 
     # ---- asking it
 

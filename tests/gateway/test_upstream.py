@@ -253,6 +253,19 @@ def test_without_max_tokens_the_default_is_sent_under_the_name_the_client_uses(s
     assert "max_tokens" not in stub.seen[-1]
 
 
+def test_a_prompt_that_may_fill_the_context_is_counted_by_the_server(start: Callable[..., Any], stub: Any) -> None:
+    gateway = behind(start, stub)
+    ask(gateway, "x" * 11_400)  # 3,200 tokens by the estimate, 3,800 by the stub's count, of 4,096
+    assert stub.seen[-1]["max_tokens"] == 296
+
+
+def test_the_servers_are_in_the_metrics(shared: Any, stub: Any) -> None:
+    ask(shared)
+    metrics = shared.http.get("/metrics").text
+    assert f'pingjia_upstream_ready{{server="{stub.url}"}} 1.0' in metrics
+    assert f'pingjia_upstream_running{{server="{stub.url}"}} 0.0' in metrics
+
+
 def test_no_temperature_means_the_gateways_default(shared: Any, stub: Any) -> None:
     shared.http.post("/v1/completions", json={"model": "big", "prompt": "warm"})
     assert stub.seen[-1]["temperature"] == 0.0

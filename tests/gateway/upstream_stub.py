@@ -105,7 +105,7 @@ class Stub:
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
         text = body.get("prompt") or "".join(m["content"] for m in body["messages"])
-        return web.json_response({"count": len(text), "max_model_len": 4096, "tokens": []})
+        return web.json_response({"count": len(text) // 3, "max_model_len": 4096, "tokens": []})
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
