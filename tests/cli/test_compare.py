@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
 from pingjia.cli import compare_arms, compare_serving
 from pingjia.cli.compare_arms import ARMS, Length, first_rate, recipe_of, run_child
@@ -136,3 +138,54 @@ def test_lengths() -> None:
     Length(2, 1, 0).check()
     with pytest.raises(Exception, match="at least 2 updates"):
         Length(1, 1, 0).check()
+
+
+class Scripted:
+    """Children that leave what a run leaves, without training. `breaks`: the arm at which the comparison is stopped."""
+
+    def __init__(self) -> None:
+        self.breaks = ""
+        self.trained: list[str] = []
+
+    def __call__(self, command: list[str], log: Path) -> dict[str, Any]:
+        if command[2] == "pingjia.cli.compare_start":
+            return {"loss": 4.0}
+        out = Path(command[-1]).parent
+        if out.parent.name == self.breaks:
+            raise KeyboardInterrupt
+        self.trained.append(f"{out.parent.name} {out.name}")
+        tensor = {"a": torch.zeros(2, 3)}
+        safetensors.torch.save_file(tensor, out / "adapter_model.safetensors")
+        line = {"step": 4, "seconds": 2.0, "num_tokens": 10, "eval_loss": 2.0 if "full" in str(out) else 1.0}
+        (out / "trainer_log.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+        (out / "pingjia.json").write_text(json.dumps({"metrics": {"peak_bytes": 7}}), encoding="utf-8")
+        return {}
+
+
+def test_a_stopped_comparison_keeps_the_arms_that_are_done(
+    pingjia: Pingjia, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = Scripted()
+    monkeypatch.setattr(compare_arms, "run_child", children)
+    words = ("cost", "compare", recipe(eval_dataset=str(tmp_path / "rows.jsonl")), "--no-serving", "--held-out", 4)
+    children.breaks = "qlora_int8"
+    assert pingjia(*words).code == 130
+    done = list(children.trained)
+    assert done == [f"{arm} {what}" for arm, what in RUNS[:6]]
+    children.breaks = ""
+    outcome = pingjia(*words, "--json")
+    assert outcome.code == 0, outcome.err
+    assert children.trained == [f"{arm} {what}" for arm, what in RUNS]
+    found = json.loads(outcome.out)["measured"]
+    assert found["held_out_loss"] == 2.0
+    assert [row["num_trainable"] for row in found["rows"]] == [6] * 4
+    assert found["rows"][1]["train_hours"] == pytest.approx(2 * (4 - 2) / (4 - 1) / 3600, rel=1e-3)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1]) + "\n" * 2, encoding="utf-8")
+    assert pingjia(*words).code == 2  # other rows: nothing of the old result is passed off as theirs
+
+
+RUNS = [
+    (arm, what)
+    for arm, rates in (("full", ("1e-4", "3.33333e-05")), *((arm, ("0.001", "0.000333333")) for arm in list(ARMS)[1:]))
+    for what in (*(f"trial-{float(rate):g}" for rate in rates), "run")
+]
