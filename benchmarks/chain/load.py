@@ -28,8 +28,9 @@ class Asked:
 class Clients:
     """Asks `url` from a thread of its own. All times are time.monotonic()."""
 
-    def __init__(self, url: str, *, tokens: int = 40) -> None:
+    def __init__(self, url: str, *, tokens: int = 40, key: str = "none") -> None:
         self._url, self._tokens = f"{url}/v1/chat/completions", tokens
+        self._headers = {"authorization": f"Bearer {key}"}
         self.asked: list[Asked] = []
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -64,7 +65,7 @@ class Clients:
 
     async def _with_client(self, what: object, number: float) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        async with httpx.AsyncClient(limits=limits, timeout=140.0, trust_env=False) as client:
+        async with httpx.AsyncClient(limits=limits, timeout=140.0, trust_env=False, headers=self._headers) as client:
             await what(client, number)  # type: ignore[operator]
 
     async def _steady(self, client: httpx.AsyncClient, per_s: float) -> None:

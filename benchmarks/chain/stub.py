@@ -23,7 +23,7 @@ from pingjia.cluster import ConsulSettings, Member, MemberSettings, calibrate
 from pingjia.cluster.member import About
 from pingjia.cluster.speed import Speed
 from pingjia.errors import ModelError
-from pingjia.gateway import GatewaySettings, create_app, serve
+from pingjia.gateway import GatewaySettings, create_app, hash_key, serve
 from pingjia.types import Chunk, EngineStats, Message, ModelCard, Request, Usage
 
 FIRST_BYTE = 3
@@ -165,6 +165,7 @@ def main(settings: StubSettings) -> None:
         host=settings.host,
         port=settings.port,
         access_log=False,
+        api_keys=(hash_key(settings.key),) if settings.key else (),
         drain_s=settings.drain_s,
         max_concurrent=settings.max_concurrent,
         cache={"enabled": False},

@@ -27,6 +27,7 @@ class StubSettings:
     fails: bool = False  # never ready: what a bad version does
     max_concurrent: int = 512
     token: str = ""
+    key: str = ""  # clients must have; needed beyond the loopback
 
     def argument(self) -> str:
         return json.dumps(asdict(self))

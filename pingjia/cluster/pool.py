@@ -23,9 +23,9 @@ class Selection:
     remarks: tuple[str, ...] = ()
 
 
-def has_forgotten(seen: Sequence[Replica], before: Sequence[Replica], index: int, last_index: int) -> bool:
+def has_forgotten(seen: Sequence[Replica], last_seen: Sequence[Replica], index: int, last_index: int) -> bool:
     """Whether Consul has lost its memory: its counter went back, or several replicas vanished at once."""
-    return index < last_index or (not seen and len(before) > 1)
+    return index < last_index or (not seen and len(last_seen) > 1)
 
 
 def select(seen: Sequence[Replica], before: Sequence[Replica], *, is_holding: bool = False) -> Selection:

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 
 from pingjia.types import EngineStats
 
-_SMOOTH_S = 3.0  # seconds of computing after which an observation counts 63 %
+# Seconds of computing after which an observation counts 63 %: a slow mean that is told, and a quick one that shows when
+# the engine has become another one (throttled, a neighbour on its cores).
+_SMOOTH_S, _QUICK_S = 6.0, 1.5
+_JUMP = 0.25
 _MIN_COMPUTE_S = 0.2  # less is too short to tell
 _LOWEST, _HIGHEST = 0.01, 4.0  # a start measured on a busy machine may have been too low; a dead one is not for us
 
@@ -31,7 +34,7 @@ class Speed:
 
     def __init__(self, measured: Sequence[Rate]) -> None:
         self.measured = sorted(measured, key=lambda rate: rate.at_once)
-        self._ratio = 1.0
+        self._ratio = self._quick = 1.0
         self._last: EngineStats | None = None
 
     @property
@@ -65,8 +68,11 @@ class Speed:
         self._correct(tokens / compute_s / self.expected(max(1.0, at_once)), compute_s)
 
     def _correct(self, ratio: float, compute_s: float) -> None:
-        part = 1.0 - math.exp(-compute_s / _SMOOTH_S)
-        self._ratio += part * (min(_HIGHEST, max(_LOWEST, ratio)) - self._ratio)
+        ratio = min(_HIGHEST, max(_LOWEST, ratio))
+        self._quick += (1.0 - math.exp(-compute_s / _QUICK_S)) * (ratio - self._quick)
+        self._ratio += (1.0 - math.exp(-compute_s / _SMOOTH_S)) * (ratio - self._ratio)
+        if abs(self._quick / self._ratio - 1.0) > _JUMP:
+            self._ratio = self._quick
 
 
 def is_news(published: int, weight: int, *, change: float = 0.05) -> bool:

@@ -29,16 +29,18 @@ class Pace:
     """How long after a reload the next may come. Every reload leaves old workers behind until their answers end."""
 
     members_s: float = 1.0
+    jumps_s: float = 3.0
+    """When only weights change, one by more than a fifth."""
     weights_s: float = 10.0
-    """When only weights change, and none by more than a fifth."""
+    """When only weights change, and little."""
 
     def due(self, members: Sequence[Replica], in_force: Sequence[Replica], reloaded_at: float) -> float:
         """The earliest time at which these may replace those in force."""
         before = {m.authority: m.weight for m in in_force}
-        is_small = before.keys() == {m.authority for m in members} and all(
-            abs(m.weight - before[m.authority]) <= 0.2 * before[m.authority] for m in members
-        )
-        return reloaded_at + (self.weights_s if is_small else self.members_s)
+        if before.keys() != {m.authority for m in members}:
+            return reloaded_at + self.members_s
+        has_jumped = any(abs(m.weight - before[m.authority]) > 0.2 * before[m.authority] for m in members)
+        return reloaded_at + (self.jumps_s if has_jumped else self.weights_s)
 
 
 class Watch:
@@ -63,6 +65,7 @@ class Watch:
         self._reloaded_at = float("-inf")
         self._in_force: tuple[Replica, ...] = tuple(read_members(file.read() or ""))
         self._refused = ""
+        self._last_seen: list[Replica] = list(self._in_force)
         self._complaint = ""
         self._again_at = float("-inf")
         self._remarks: tuple[str, ...] = ()
@@ -104,10 +107,10 @@ class Watch:
             log.info("Consul answers again")
         self._num_failures = 0
         now = read_replicas(answer.body)
-        if has_forgotten(now, self._in_force, answer.index, self._index):
+        if has_forgotten(now, self._last_seen, answer.index, self._index):
             log.warning("Consul has lost its memory; the pool is held for %g s", HOLD_S)
             self._hold_until = self._clock() + HOLD_S
-        self._index = max(answer.index, 1)
+        self._index, self._last_seen = max(answer.index, 1), now
         return now
 
     def _wait_s(self, seen: list[Replica] | None) -> float:
