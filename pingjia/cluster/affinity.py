@@ -12,6 +12,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Protocol, TypeVar
 
 from pingjia.cluster.ring import BoundedRing
@@ -80,16 +81,20 @@ class Beginnings:
         if len(ids) < self._min_tokens:
             return None
         if not self._is_causal:
-            return owner + array("q", ids).tobytes()
+            return _digest(owner, ids)
         self._popularity.next_request()
         length = self._min_tokens
         while length <= len(ids):
-            key = owner + array("q", ids[:length]).tobytes()
+            key = _digest(owner, ids[:length])
             self._popularity.count(key)
             if not self._popularity.is_shared(key, num_replicas):
                 return key
             length *= 2
         return None
+
+
+def _digest(owner: bytes, ids: Sequence[int]) -> bytes:
+    return blake2b(array("q", ids).tobytes(), digest_size=16, key=owner[:64]).digest()
 
 
 class PrefixAffinity:

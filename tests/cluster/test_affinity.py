@@ -125,6 +125,14 @@ def test_a_place_that_is_full_is_passed_over():
     assert policy.choose(busy, asked(prompt(1))).name != home
 
 
+def test_it_is_a_policy_of_the_gateway():
+    from pingjia.gateway.replicas import Policy, Replica
+
+    policy: Policy = PrefixAffinity()
+    servers = [Replica(f"s{i}", weight=2.0) for i in range(3)]
+    assert policy.choose(servers, asked(prompt(1))) in servers
+
+
 # ---- what it is worth
 
 
@@ -152,7 +160,6 @@ def test_affinity_finds_what_was_computed_and_balance_does_not():
     assert known["affine"] > 0.85
     assert known["turns"] < 0.2
     assert known["least"] < 0.2
-    print(known, first)
     assert first["affine"] < 0.6 * min(first["turns"], first["least"])
     served = outcomes["affine"].num_served
     assert served.max() < 1.6 * served.mean()  # the ring's unevenness, bounded
