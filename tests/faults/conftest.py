@@ -44,12 +44,12 @@ class Processes:
         options = [self.redis.url, self.prefix, seats, token_s, lease_s, self.log]
         return self._start("scripted_worker.py", *options)
 
-    def gateway(self, *, lease_s: float = 1.0, port: int = 0) -> tuple[subprocess.Popen[str], str]:
+    def gateway(self, *options: object, lease_s: float = 1.0, port: int = 0) -> tuple[subprocess.Popen[str], str]:
         if not port:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-        return self._start("scripted_gateway.py", self.redis.url, port, lease_s), f"http://127.0.0.1:{port}"
+        return self._start("scripted_gateway.py", self.redis.url, port, lease_s, *options), f"http://127.0.0.1:{port}"
 
     def tokens(self) -> list[str]:
         """Ids of the requests, one per token that any worker made."""
