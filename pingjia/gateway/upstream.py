@@ -20,6 +20,7 @@ from pingjia.errors import PingjiaError, UpstreamBusy, UpstreamFailed, UserError
 from pingjia.gateway.ask import Ask
 from pingjia.gateway.replicas import LeastOutstanding, Policy
 from pingjia.gateway.settings import GatewaySettings
+from pingjia.gateway.upstream_affinity import TextAffinity
 from pingjia.gateway.upstream_body import requests_of
 from pingjia.gateway.upstream_server import ServedModel, Server, ServerLost
 from pingjia.gateway.upstream_settings import UpstreamSettings
@@ -42,7 +43,7 @@ class Upstream:
     ) -> None:
         self.settings = settings
         self._corrections: dict[str, Correction] = {}
-        self._policy = policy or LeastOutstanding()
+        self._policy: Policy = policy or (TextAffinity() if settings.affinity else LeastOutstanding())
         self._servers = [Server(one, settings, _key(one.api_key_env, environ)) for one in settings.servers]
         _refuse_twins(self._servers)
         self._freed = asyncio.Event()

@@ -72,7 +72,9 @@ class AnswerReader:
         """The same of an answer in one piece, from a server that does not stream."""
         document = _object(data)
         _raise_error(document)
-        self.is_done, self.usage = True, _usage(document.get("usage") or {}) if document.get("usage") else None
+        self.is_done = True
+        if isinstance(usage := document.get("usage"), Mapping):
+            self.usage = _usage(usage)
         choice = _first(document)
         if choice is None:
             raise UpstreamFailed(f"its answer has no choices: {shorten(data.decode('utf-8', 'replace'))}")
@@ -117,7 +119,10 @@ class AnswerReader:
 
 def _kept(choice: Mapping[str, Any]) -> str:
     """The choice without what this side writes: its number, and how it ends, which comes last."""
-    return json.dumps({k: v for k, v in choice.items() if k not in ("index", "finish_reason")}, ensure_ascii=False)
+    kept = {k: v for k, v in choice.items() if k not in ("index", "finish_reason")}
+    if not isinstance(kept.get("delta", {}), Mapping):
+        del kept["delta"]
+    return json.dumps(kept, ensure_ascii=False)
 
 
 def _object(data: bytes) -> dict[str, Any]:
@@ -145,7 +150,8 @@ def _as_delta(choice: Mapping[str, Any]) -> dict[str, Any]:
     message = choice.get("message")
     if not isinstance(message, Mapping):
         return dict(choice)
-    calls = message.get("tool_calls") or []
+    calls = message.get("tool_calls")
+    calls = calls if isinstance(calls, list) else []
     numbered = [{"index": i, **call} for i, call in enumerate(calls) if isinstance(call, Mapping)]
     rest = {k: v for k, v in choice.items() if k != "message"}
     return {**rest, "delta": {**message, "tool_calls": numbered} if numbered else dict(message)}

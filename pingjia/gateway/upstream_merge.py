@@ -18,7 +18,7 @@ def merged_chat(pieces: Iterable[str]) -> dict[str, Any]:
         text = choice.pop("text", "")
         _add(message, choice.pop("delta", {"content": text} if text else {}))
         _add(whole, choice)
-    for call in message.get("tool_calls") or ():
+    for call in message.get("tool_calls") or ():  # always what `_calls` made
         call.pop("index", None)
     return whole
 
@@ -56,11 +56,17 @@ def _calls(there: list[dict[str, Any]], more: Any) -> list[dict[str, Any]]:
     """Calls of tools with pieces added by their number; only their arguments come in pieces."""
     calls = {call["index"]: call for call in there}
     for piece in more if isinstance(more, list) else ():
-        call = calls.setdefault(piece.get("index", len(calls)), {"index": piece.get("index", len(calls))})
-        function = dict(piece.get("function") or {})
-        arguments = function.pop("arguments", None) or ""
-        call |= {k: v for k, v in piece.items() if v and k not in ("index", "function")}
-        told = call.setdefault("function", {"arguments": ""})
-        told |= {k: v for k, v in function.items() if v}
-        told["arguments"] += arguments
+        if isinstance(piece, Mapping):
+            number = piece.get("index")
+            number = number if isinstance(number, int) else len(calls)
+            _add_call(calls.setdefault(number, {"index": number, "function": {"arguments": ""}}), piece)
     return list(calls.values())
+
+
+def _add_call(call: dict[str, Any], piece: Mapping[str, Any]) -> None:
+    call |= {k: v for k, v in piece.items() if v and k not in ("index", "function")}
+    said = piece.get("function")
+    if isinstance(said, Mapping):
+        told = call["function"]
+        told |= {k: v for k, v in said.items() if v and k != "arguments"}
+        told["arguments"] += said["arguments"] if isinstance(said.get("arguments"), str) else ""

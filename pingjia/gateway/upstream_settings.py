@@ -44,6 +44,8 @@ class UpstreamSettings(Section):
     """And between two tokens."""
     max_failures: int = Field(3, ge=1)
     """Broken answers in a row after which a server is left alone until it answers a check."""
+    affinity: bool = False
+    """Send a conversation to the server that has its beginning in its cache, as long as that one is not too busy."""
     revision: str = ""
     """Enters the names of kept answers: change it when a server's model was replaced under the same name."""
 

@@ -6,11 +6,12 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pingjia.errors import RequestError, UpstreamBusy, UpstreamFailed
 from pingjia.gateway.replicas import LeastOutstanding, Replica
+from pingjia.gateway.upstream_affinity import TextAffinity
 from pingjia.gateway.upstream_events import AnswerReader, EventReader, refusal
 from pingjia.gateway.upstream_merge import merged_chat, merged_text
 from pingjia.gateway.upstream_tokens import Correction, estimate_prompt, estimate_tokens
@@ -99,6 +100,7 @@ _VALUES = st.recursive(
 )
 
 
+@settings(max_examples=300)
 @given(_VALUES, st.booleans())
 def test_no_document_does_anything_but_fail_readably(document: Any, is_whole: bool) -> None:
     reader = AnswerReader()
@@ -191,3 +193,30 @@ def test_a_correction_stays_within_bounds(counts: list[tuple[int, int]]) -> None
 
 def test_the_number_of_tokens_does_not_tell_questions_apart() -> None:
     assert repr(Passed("p", "{}", 3)) == repr(Passed("p", "{}", 4))
+
+
+def _turns(*texts: str) -> Request:
+    messages = [{"role": "user", "content": text} for text in texts]
+    return Request("r", (), Sampling(), "big", Passed("chat/completions", json.dumps({"messages": messages})))
+
+
+def test_a_conversation_stays_with_its_server_and_short_ones_are_spread() -> None:
+    policy, replicas = TextAffinity(), [Replica(f"http://{i}/v1") for i in range(5)]
+    chosen = set()
+    for i in range(30):
+        first = f"{i} " + "long beginning " * 60
+        names = {policy.choose(replicas, _turns(first, *["more"] * turns)).name for turns in range(4)}
+        assert len(names) == 1
+        chosen |= names
+    assert len(chosen) > 2
+    busy = [Replica("a", num_outstanding=3), Replica("b")]
+    assert policy.choose(busy, _turns("hi")).name == "b"
+    assert policy.choose(busy, ASKED).name == "b"
+
+
+def test_a_busy_server_is_left_by_its_conversation() -> None:
+    policy, replicas = TextAffinity(), [Replica(f"http://{i}/v1") for i in range(3)]
+    asked = _turns("beginning " * 100)
+    home = policy.choose(replicas, asked)
+    crowded = [Replica(r.name, num_outstanding=20 if r.name == home.name else 0) for r in replicas]
+    assert policy.choose(crowded, asked).name != home.name
