@@ -1,6 +1,6 @@
 """Full fine-tuning against LoRA and QLoRA: time and updates to the same held-out loss, memory, bytes, answers, money.
 
-    python benchmarks/full_finetuning.py [--updates 24] [--trial-updates 4] [--held-out 16] [--arms ...] [--folder DIR]
+    python benchmarks/full_finetuning.py [--updates 20] [--trial-updates 4] [--held-out 16] [--arms ...] [--folder DIR]
 
 This is `pingjia cost compare` on recipes/demo.yaml: SmolLM2 (135 million weights) in float32 on the CPU, the packaged
 rows, LoRA r=16 on all linears, AdamW at a constant rate, clipping at 1.0. What is measured and how is in docs/cost.md.
@@ -54,7 +54,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=24)
+    parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--trial-updates", type=int, default=4)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--held-out", type=int, default=16, help="rows of the held-out file")

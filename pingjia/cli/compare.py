@@ -106,7 +106,7 @@ def compare(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe with an eval_dataset.", metavar="RECIPE")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     arms: Annotated[str, typer.Option(help="Which to run, with commas between.")] = ",".join(ARMS),
-    updates: Annotated[int, typer.Option(help="Updates of each arm.", min=2)] = 24,
+    updates: Annotated[int, typer.Option(help="Updates of each arm.", min=2)] = 20,
     look: Annotated[int, typer.Option(help="Updates between two looks at the held-out rows.", min=1)] = 4,
     trial_updates: Annotated[
         int, typer.Option(help="Updates to try each of two rates; 0: full takes a tenth of the recipe's rate.", min=0)

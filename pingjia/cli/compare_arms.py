@@ -53,7 +53,7 @@ _PR_SET_PDEATHSIG = 1
 class Length:
     """How long arms train. `look`: updates between two looks at the held-out rows; `trial`: updates of a trial."""
 
-    updates: int = 24
+    updates: int = 20
     look: int = 4
     trial: int = 4
 
@@ -122,13 +122,16 @@ class Arms:
         return found
 
     def _loss_before(self, name: str) -> float:
-        """Of the network that the arm begins with, packed as it is there. An adapter begins at nothing."""
+        """Of the network that the arm begins with, packed as it is there. An adapter begins at nothing, so that a full
+        run and a plain adapter begin at the same."""
+        name = "lora" if name == "full" else name
         recipe = recipe_of(self._recipe, name, self._held_out)
         inputs = digest((), recipe, self._data, pingjia.__version__)
         known = self._stages.result(f"{name}.before", inputs)
         if known is not None:
             return float(known)
         file = self._folder / name / "before.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
         loss = run_child([*_command("pingjia.cli.compare_start"), str(file)], self._folder / name / "before.log")[
             "loss"
