@@ -28,6 +28,7 @@ from pingjia.models.packed import PackedSource
 from pingjia.models.source import Source
 from pingjia.quant.settings import QUANT_METHOD, QuantizeSettings
 from pingjia.quant.shards import ShardWriter
+from pingjia.tune.products import fast_products
 
 RECORD = "quantization.json"
 _INPUTS = "inputs.json"
@@ -85,7 +86,8 @@ def quantize(job: QuantizeJob, *, save_tokenizer: Callable[[Path], None], on_ste
         folder = _partial_folder(job, source)
         shards = ShardWriter(folder, compressor.num_shards)
         num_reused = sum(shards.is_done(n) for n in range(1, shards.num_shards + 1))
-        compressor.run(shards, on_step)
+        with fast_products():
+            compressor.run(shards, on_step)
         stored_bytes = shards.finish()
         _write_around(folder, job, source, save_tokenizer)
         comparison = _proof(job, source, folder, on_step)

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import torch
 
+from pingjia.quant.rounding import best_scale, is_compiled
+
 LOW, HIGH = -8, 7
 # Of max|w| / 8. Above 1 the far end is reached at 7 rather than at -8; below it the largest weights are cut off.
 _RATIOS = (8 / 7, 1.07, 1.0, 0.95, 0.9, 0.85, 0.8, 0.74, 0.68, 0.6)
+_SIGNED = torch.tensor([sign * ratio for ratio in _RATIOS for sign in (1.0, -1.0)])
 
 
 def group_scale(target_GN: torch.Tensor, importance_G: torch.Tensor) -> torch.Tensor:
@@ -21,13 +24,14 @@ def group_scale(target_GN: torch.Tensor, importance_G: torch.Tensor) -> torch.Te
     Values go from -8 to 7, so a scale may be negative: the -8 then serves the positive end. The best of the candidates
     is then fitted to the integers it gave (least squares) and kept if that is better still.
     """
+    if is_compiled(target_GN):
+        return best_scale(target_GN, importance_G, _SIGNED, (LOW, HIGH))
     importance_G1 = importance_G[:, None]
     largest_N = target_GN.abs().amax(0) / -LOW
     best = largest_N.new_zeros(largest_N.shape)
     least = torch.full_like(largest_N, torch.inf)
-    for ratio in _RATIOS:
-        for sign in (1, -1):
-            best, least = _better(target_GN, importance_G1, sign * ratio * largest_N, best, least)
+    for ratio in _SIGNED.tolist():
+        best, least = _better(target_GN, importance_G1, ratio * largest_N, best, least)
     fitted = _fitted(target_GN, importance_G1, best)
     best, _ = _better(target_GN, importance_G1, fitted, best, least)
     return best

@@ -32,7 +32,7 @@ class Root:
     @classmethod
     def of(cls, gram: Gram, settings: QuantizeSettings, name: str) -> Root:
         """Uses the Gram matrix up."""
-        order = torch.argsort(gram.matrix_MM.diagonal(), descending=True, stable=True) if settings.act_order else None
+        order = torch.argsort(gram.diagonal(), descending=True, stable=True) if settings.act_order else None
         return cls(root_of(gram.take(order), settings.damping, name), order)
 
 

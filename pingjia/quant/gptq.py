@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 
 from pingjia.quant.clip import HIGH, LOW, divisor, group_scale, nearest_scale, row_scale
+from pingjia.quant.rounding import is_compiled, round_block
 
 _INT8_BLOCK = 128
 Scales = Callable[[slice, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -104,6 +105,8 @@ def _fed_back(
     made_up_BN = torch.linalg.solve_triangular(root_BB.T, owed_BN, upper=False)
     scale = scales(columns, weight_BN + made_up_BN, diagonal_B.square())
     scale_BN = scale.expand_as(weight_BN)
+    if is_compiled(weight_BN):
+        return round_block(weight_BN, owed_BN, root_BB, scale_BN, limits)
     divisor_BN = divisor(scale_BN)
     values_BN, error_BN = torch.empty_like(weight_BN), torch.empty_like(weight_BN)
     for j in range(weight_BN.shape[0]):

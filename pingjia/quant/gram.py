@@ -16,23 +16,36 @@ from torch import nn
 
 from pingjia.errors import ModelError
 
+_BLOCK = 1024  # rows of a Gram matrix that are summed at a time, from their diagonal on
+
 
 class Gram:
-    """The sum of x x^T over all inputs seen, float32 [M, M]."""
+    """The sum of x x^T over all inputs seen, float32 [M, M]. Only what lies on and right of its diagonal is summed."""
 
     def __init__(self, num_columns: int, device: torch.device | str = "cpu") -> None:
-        self.matrix_MM = torch.zeros(num_columns, num_columns, device=device)
+        self._matrix_MM = torch.zeros(num_columns, num_columns, device=device)
         self.num_tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
         """x [..., M]."""
         x_TM = x.reshape(-1, x.shape[-1]).float()
-        self.matrix_MM.addmm_(x_TM.T, x_TM)
+        for start in range(0, x_TM.shape[1], _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            self._matrix_MM[rows, start:].addmm_(x_TM[:, rows].T, x_TM[:, start:])
         self.num_tokens += x_TM.shape[0]
+
+    def diagonal(self) -> torch.Tensor:
+        """[M]: the summed squares of every column."""
+        return self._matrix_MM.diagonal()
 
     def take(self, order_M: torch.Tensor | None = None) -> torch.Tensor:
         """The matrix, its columns in another order if one is given, and forget it: it may take a gigabyte."""
-        matrix_MM, self.matrix_MM = self.matrix_MM, torch.empty(0)
+        matrix_MM, self._matrix_MM = self._matrix_MM, torch.empty(0)
+        for start in range(0, len(matrix_MM), _BLOCK):
+            rows, after = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
+            matrix_MM[after, rows] = matrix_MM[rows, after].T
+            square = matrix_MM[rows, rows]
+            square.copy_(square.triu() + square.triu(1).T)
         return matrix_MM if order_M is None else matrix_MM[order_M][:, order_M]
 
 

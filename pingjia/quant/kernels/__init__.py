@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pingjia.errors import ModelError
 
-_VERSION = 2
+_VERSION = 3
 _FIX = "run `pip install --editable .` in the source folder (needs a C++ compiler: g++ or clang++)"
 
 
@@ -48,6 +48,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "pj_rows": (None, [_POINTER, _POINTER, _LONG, _POINTER, _LONG]),
     "pj_read_all": (ctypes.c_uint64, [_POINTER, _LONG]),
     "pj_matmul": (None, [_POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER, _LONG]),
+    "pj_round_block": (None, [_POINTER]),
+    "pj_search_scales": (None, [_POINTER]),
 }
 
 

@@ -25,7 +25,7 @@ QuantRows& own_rows() {
 
 }  // namespace
 
-PJ_API int pj_version() { return 2; }
+PJ_API int pj_version() { return 3; }
 PJ_API const char* pj_isa() { return kernel_set().name; }
 PJ_API const char* pj_isa_names() { return kernel_set_names(); }
 PJ_API int pj_choose_isa(const char* name) { return choose_kernel_set(name); }

@@ -4,6 +4,7 @@
 
 #include "forward.h"
 #include "isa.h"
+#include "rounding.h"
 
 namespace pingjia {
 
@@ -53,6 +54,8 @@ struct PassOps {
   void (*dots_float)(const float*, const float*, int64_t, int64_t, float*, int64_t);
   void (*dots_half)(const uint16_t*, const float*, int64_t, int64_t, float*, int64_t);
   void (*dots_bfloat)(const uint16_t*, const float*, int64_t, int64_t, float*, int64_t);
+  void (*round_rows16)(const RoundBlock&, int64_t row);
+  void (*search_scales16)(const ScaleSearch&, int64_t row);
 };
 
 // Null where the compiler did not build it.

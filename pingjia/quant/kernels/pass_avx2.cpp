@@ -12,6 +12,8 @@ namespace {
 // (in this order)
 #include "attention_isa.h"
 #include "small_ops_isa.h"
+#include "rounding_isa.h"
+#include "pass_ops_isa.h"
 
 }  // namespace
 

@@ -269,7 +269,3 @@ static void to_half(const float* x, uint16_t* out, int64_t n) {
 static void table_dots_bfloat(const uint16_t* w, const float* x, int64_t rows, int64_t width, float* y, int64_t y_stride) {
   table_dots<BFloat>(reinterpret_cast<const BFloat*>(w), x, rows, width, y, y_stride);
 }
-
-constexpr PassOps kOps = {attend,        merge_block,  dot,     scale,     rms_norm,  layer_norm,        swiglu,               gelu_tanh,
-                          rotate_halves, rotate_pairs, largest, judge_row, lora_down, lora_up, to_half, table_dots<float>, table_dots<uint16_t>,
-                          table_dots_bfloat};
