@@ -182,7 +182,10 @@ def train_in(tmp_path: Path, tiny_llama: Path, rows_file: Path, fork_ranks: Any)
     those sections.
     Where they do not all end well: ChildProcessError([[exit code, what was said], ...]).
     """
-    more = ("out_of_memory", "overflow", "kill_at", "kill_rank", "holdings", "dtypes", "memory_file")
+    more = (
+        *("out_of_memory", "overflow", "kill_at", "kill_rank"),
+        *("holdings", "dtypes", "memory_file", "kept_file"),
+    )
 
     def start(name: str, strategy: str = "none", count: int = 1, **changed: Any) -> Path:
         job = {key: changed.pop(key) for key in more if key in changed}

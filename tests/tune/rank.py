@@ -5,6 +5,7 @@ usage: rank.py JSON, with the keys model, data, tune (settings), and optionally
 - kill_at: the process `kill_rank` ends by SIGKILL after that update
 - out_of_memory: {"rank": 1, "at": {"37": 2}, "in": "forward"}: that process has no memory left twice after update 37,
   in the middle of a layer
+- kept_file: a file for how many bytes of frozen layers' results the first process kept
 - memory_file: a file for what the run was planned to hold, and what it held at most
 - dtypes: a file for the formats in which linears computed in the last process
 - overflow: {"rank": 1, "at": {"3": 2}}: its gradients overflow twice after update 3
@@ -107,6 +108,17 @@ class Overflow:
         loop.update, ranks.backward = update, backward
 
 
+def note_kept(file: Path) -> None:
+    real = loop.FrozenLayers.entering
+
+    def entering(self: Any, *args: Any) -> object:
+        result = real(self, *args)
+        file.write_text(str(self.kept_bytes))
+        return result
+
+    loop.FrozenLayers.entering = entering
+
+
 def run(job: dict[str, Any]) -> None:
     rank = int(os.environ["RANK"])
     if "kill_at" in job and job["kill_rank"] == rank:
@@ -121,6 +133,9 @@ def run(job: dict[str, Any]) -> None:
     torch.nn.modules.module.register_module_forward_hook(
         lambda module, args, output: seen.add(str(output.dtype)) if type(module) is torch.nn.Linear else None
     )
+    kept = job.get("kept_file")
+    if kept and rank == 0:
+        note_kept(Path(kept))
     holdings: list = []
     plans: list[TrainPlan] = []
     result = train(
