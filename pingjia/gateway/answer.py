@@ -115,8 +115,11 @@ class Answer:
         left = self._deadline - asyncio.get_running_loop().time()
         quiet_first = quiet_s is not None and quiet_s < left
         try:
-            async with asyncio.timeout(quiet_s if quiet_first else left):
-                item = await self._queue.get()
+            if self._queue.empty():
+                async with asyncio.timeout(quiet_s if quiet_first else left):
+                    item = await self._queue.get()
+            else:  # pieces that came together: a timer for each would cost more than passing it on
+                item = self._queue.get_nowait()
         except TimeoutError:
             if quiet_first:
                 return None
