@@ -35,9 +35,12 @@ for line in $lines; do
   else
     role="--address=$head:$port"
   fi
-  # -tt and --block: Ray ends there when the session does
-  ssh -tt "$host" "cd '$directory' && RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH='$token' $bin/ray start $role --node-ip-address=$host --num-cpus=${line#*:} --block \
-    --disable-usage-stats ${RAY_OPTIONS:-}" </dev/null >>"$log" 2>&1 &
+  # Ray ends there when the session does: -tt hangs up on the shell there, which ends what it started.
+  ssh -tt "$host" "cd '$directory' && export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH='$token' && {
+    trap 'kill \$ray; wait \$ray' HUP INT TERM
+    $bin/ray start $role --node-ip-address=$host --num-cpus=${line#*:} --block --disable-usage-stats ${RAY_OPTIONS:-} &
+    ray=\$!
+    wait \$ray; }" </dev/null >>"$log" 2>&1 &
   sessions="$sessions $!"
   count=$((count + 1))
   slots=$((slots + ${line#*:}))
