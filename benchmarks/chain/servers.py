@@ -84,7 +84,7 @@ class ConsulServer:
 
     def __init__(self, processes: Processes, *, host: str = "127.0.0.1", netns: str = "", more: str = "") -> None:
         self.processes, self.host, self.netns = processes, host, netns
-        self.http, self.rpc, self.serf, self.wan = free_ports(4)
+        self.http, self.rpc, self.serf, self.wan, self.https = free_ports(5)
         self.data = processes.directory / "consul-data"
         self.data.mkdir(exist_ok=True)
         self.more = more
@@ -96,9 +96,11 @@ class ConsulServer:
 
     def start(self) -> None:
         config = self.data.parent / "consul.hcl"
+        https = self.https if "cert_file" in self.more else -1
         config.write_text(
-            f"ports {{ http = {self.http} server = {self.rpc} serf_lan = {self.serf} serf_wan = {self.wan} dns = -1 "
-            f'grpc = -1 }}\nbind_addr = "{self.host}"\nclient_addr = "{self.host}"\n'
+            f"ports {{ http = {self.http} https = {https} server = {self.rpc} serf_lan = {self.serf} "
+            f"serf_wan = {self.wan} dns = -1 grpc = -1 }}\n"
+            f'bind_addr = "{self.host}"\nclient_addr = "{self.host}"\n'
             "performance { raft_multiplier = 1 }\nleave_on_terminate = false\n" + self.more
         )
         self.process = self.processes.start(

@@ -16,7 +16,7 @@ from pingjia.types import EngineStats
 # Seconds of computing after which an observation counts 63 %: a slow mean that is told, and a quick one that shows when
 # the engine has become another one (throttled, a neighbour on its cores).
 _SMOOTH_S, _QUICK_S = 6.0, 1.5
-_JUMP = 0.25
+_JUMP = 0.15
 _MIN_COMPUTE_S = 0.2  # less is too short to tell
 _LOWEST, _HIGHEST = 0.01, 4.0  # a start measured on a busy machine may have been too low; a dead one is not for us
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -161,6 +162,31 @@ def test_a_token_is_needed_where_consul_wants_one(need, processes):
     admin.close()
     nobody.close()
     somebody.close()
+
+
+def test_tls_both_ways(need, processes, tmp_path):
+    need("consul")
+    for words in (["ca", "create"], ["cert", "create", "-server"], ["cert", "create", "-client"]):
+        subprocess.run(["consul", "tls", *words], cwd=tmp_path, check=True, capture_output=True)
+    files = {name: str(tmp_path / f"{name}.pem") for name in ("consul-agent-ca", "dc1-server-consul-0",
+             "dc1-server-consul-0-key", "dc1-client-consul-0", "dc1-client-consul-0-key")}  # fmt: skip
+    server = ConsulServer(
+        processes,
+        more=f'verify_incoming_https = true\nca_file = "{files["consul-agent-ca"]}"\n'
+        f'cert_file = "{files["dc1-server-consul-0"]}"\nkey_file = "{files["dc1-server-consul-0-key"]}"\n',
+    )
+    server.start()
+    environ = {"CONSUL_HTTP_ADDR": f"127.0.0.1:{server.https}", "CONSUL_HTTP_SSL": "true",
+               "CONSUL_CACERT": files["consul-agent-ca"], "CONSUL_CLIENT_CERT": files["dc1-client-consul-0"],
+               "CONSUL_CLIENT_KEY": files["dc1-client-consul-0-key"]}  # fmt: skip
+    check_consul(from_environment(None, environ))
+    without_ca = {name: value for name, value in environ.items() if name != "CONSUL_CACERT"}
+    with pytest.raises(UserError, match="CERTIFICATE_VERIFY_FAILED"):
+        check_consul(from_environment(None, without_ca))
+    check_consul(from_environment(None, {**without_ca, "CONSUL_HTTP_SSL_VERIFY": "false"}))
+    without_own = {name: value for name, value in environ.items() if "CLIENT" not in name}
+    with pytest.raises(UserError, match="start it, or give its address"):
+        check_consul(from_environment(None, without_own))
 
 
 # ---- without a server
