@@ -85,8 +85,24 @@ def read_adapter(
     }
     token_rows = read_rows(path, config.get("trainable_token_indices"), rows, model)
     _refuse_idle(path, weights.values())
+    _refuse_changed(path, files)
     digest = hashlib.sha256(files[CONFIG_FILE] + b"\0" + files[WEIGHTS_FILE]).hexdigest()
     return Adapter(path, digest, weights, token_rows)
+
+
+def _refuse_changed(path: Path, files: Mapping[str, bytes]) -> None:
+    """Files that are not those the run wrote (another alpha, another run's weights), where it noted which they are."""
+    try:
+        about = json.loads((path / ABOUT_FILE).read_bytes())
+        written = dict(about.get("sha256") or {})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return  # not an adapter of ours, or an older one
+    for name, data in files.items():
+        if name in written and written[name] != hashlib.sha256(data).hexdigest():
+            raise ModelError(
+                f"{path / name} is not the file that the run wrote: changed, or left from another run; take the "
+                f"adapter from where it was trained (to serve it all the same, remove {ABOUT_FILE})"
+            )
 
 
 def _read(directory: Path, name: str) -> bytes:

@@ -2,13 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["ExportReport", "export_model", "merge_adapter"]
+__all__ = ["ExportReport", "check_export", "export_model", "merge_adapter"]
 
 if TYPE_CHECKING:
+    from pingjia.export.check import check_export
     from pingjia.export.copy import export_model
     from pingjia.export.merge import ExportReport, merge_adapter
 
-_HOMES = {"ExportReport": "merge", "export_model": "copy", "merge_adapter": "merge"}
+_HOMES = {"ExportReport": "merge", "check_export": "check", "export_model": "copy", "merge_adapter": "merge"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,9 +7,10 @@ chats are compared with base-plus-adapter before merging. Nothing appears under 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from pingjia.errors import ModelError
 from pingjia.models import added_tokens, base_fingerprint, load_model
 from pingjia.quant.formats import PackedLinear
-from pingjia.tune.checkpoint import ADAPTER_FILE, new_directory, write_bytes
+from pingjia.tune.checkpoint import ADAPTER_FILE, file_digests, new_directory, write_bytes
 from pingjia.tune.directory import save_network
 from pingjia.tune.guards import require_nonzero_adapter
 from pingjia.tune.run import read_about
@@ -67,14 +68,15 @@ def merge_adapter(
         raise ModelError(f"{adapter_dir} is a model of its own, not an adapter; there is nothing to merge")
     base = base or about["base"]["name"]
     model = load_model(base, dtype=dtype)
-    _require_floats(model, base)
-    prompts = [*(chat["ids"] for chat in about["chat"]["golden"]), *_new_token_prompts(model)]
-    _require_same_base(model, about["base"]["fingerprint"], base)
-    tensors = _read_adapter(adapter_dir)
+    require_floats(model, base)
+    prompts = [*(chat["ids"] for chat in about["chat"]["golden"]), *new_token_prompts(model)]
+    require_same_base(model, about["base"]["fingerprint"], base)
+    tensors = read_adapter(adapter_dir)
     require_nonzero_adapter(tensors)
     plain = logits_of(model, prompts)
     adapted = PeftModel.from_pretrained(model, adapter_dir)
-    _require_all_used(adapted, tensors)
+    require_all_used(adapted, tensors)
+    require_as_written(adapter_dir, about)
     wanted = logits_of(adapted, prompts)
     merged = adapted.merge_and_unload()
     with new_directory(out) as folder:
@@ -91,12 +93,12 @@ def merge_adapter(
             max_change_from_base=max_diff(got, plain),
             stored_bytes=sum(p.stat().st_size for p in folder.iterdir()),
         )
-        _require_proof(report)
+        require_proof(report)
         write_bytes(folder / "export_report.json", (json.dumps(asdict(report), indent=2) + "\n").encode())
     return report
 
 
-def _read_adapter(adapter_dir: Path) -> dict[str, torch.Tensor]:
+def read_adapter(adapter_dir: Path) -> dict[str, torch.Tensor]:
     """The adapter's tensors. ModelError for a file that is missing or torn, before PEFT looks for it elsewhere."""
     try:
         json.loads((adapter_dir / CONFIG_NAME).read_bytes())
@@ -105,13 +107,13 @@ def _read_adapter(adapter_dir: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"{adapter_dir}: the adapter cannot be read: {e}") from None
 
 
-def _new_token_prompts(model: PreTrainedModel) -> list[list[int]]:
+def new_token_prompts(model: PreTrainedModel) -> list[list[int]]:
     """Every token added to the base's vocabulary, since golden chats need not hold any whose rows were trained."""
     tokens = added_tokens(model.config)
     return [tokens[i : i + _PROMPT_LEN] for i in range(0, len(tokens), _PROMPT_LEN)]
 
 
-def _require_floats(model: PreTrainedModel, base: str | Path) -> None:
+def require_floats(model: PreTrainedModel, base: str | Path) -> None:
     """Merging into few bits would round the adapter away without a word."""
     packed = next((m for m in model.modules() if isinstance(m, PackedLinear)), None)
     if packed is not None:
@@ -121,12 +123,28 @@ def _require_floats(model: PreTrainedModel, base: str | Path) -> None:
         )
 
 
-def _require_same_base(model: PreTrainedModel, fingerprint: str, base: str | Path) -> None:
+def require_as_written(adapter_dir: Path, about: Mapping[str, Any]) -> None:
+    """Refuse files that are not those the run wrote; an adapter from before digests were kept is taken as it is."""
+    written, found = about.get("sha256"), file_digests(adapter_dir)
+    if written is None or written == found:
+        return
+    name = next(name for name in found if written.get(name) != found[name])
+    hint = ""
+    if name == CONFIG_NAME:
+        alpha, trained = json.loads((adapter_dir / name).read_bytes()).get("lora_alpha"), about["recipe"]["lora_alpha"]
+        hint = f" (lora_alpha is {alpha:g}, trained with {trained:g})" if alpha != trained else ""
+    raise ModelError(
+        f"{adapter_dir / name} is not the file that the run wrote{hint}: changed, or left from another run; "
+        "take the adapter from where it was trained, or train again"
+    )
+
+
+def require_same_base(model: PreTrainedModel, fingerprint: str, base: str | Path) -> None:
     if base_fingerprint(model) != fingerprint:
         raise ModelError(f"{base} is not the base this adapter was trained on (its weights differ); give the right one")
 
 
-def _require_all_used(adapted: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
+def require_all_used(adapted: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
     names = [name for name, _ in adapted.named_parameters() if "lora_" in name or ".trainable_tokens_delta." in name]
     loaded = {name.replace(".default", "") for name in names}
     if loaded != set(tensors):
@@ -136,14 +154,17 @@ def _require_all_used(adapted: PeftModel, tensors: dict[str, torch.Tensor]) -> N
         )
 
 
-def _require_proof(report: ExportReport) -> None:
+def require_proof(report: ExportReport, saved: str = "the saved model") -> None:
+    """Refuse a model that does not answer as base plus adapter, or that answers as the base alone."""
+    if report.max_change_from_base <= min(report.max_logit_diff, report.tolerance):
+        raise ModelError(f"{saved} equals its base: the adapter was not merged, so it is not what was trained")
     if report.max_logit_diff > report.tolerance:
         raise ModelError(
-            f"the saved model does not answer as the adapter did: logits differ by {report.max_logit_diff:.3g}, "
-            f"allowed {report.tolerance:g}; nothing was exported"
+            f"{saved} does not answer as the adapter did: logits differ by {report.max_logit_diff:.3g}, "
+            f"allowed {report.tolerance:g}; it is not what was trained"
         )
     if report.max_change_from_base <= report.max_logit_diff:
-        raise ModelError("the saved model equals its base: the adapter was not merged; nothing was exported")
+        raise ModelError(f"{saved} is no nearer to the adapter than to its base; it is not what was trained")
 
 
 @torch.inference_mode()

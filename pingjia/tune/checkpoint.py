@@ -187,8 +187,13 @@ def save_adapter(
     """
     with new_directory(output_dir / ".adapter") as folder:
         write_adapter(folder, model, first)
-        write_about(folder, about)
+        write_about(folder, {**about, "sha256": file_digests(folder)})
     return move_up(output_dir / ".adapter", output_dir)
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """sha256 hex of the adapter's files: what is changed, mixed up or replaced later is seen (export/merge.py)."""
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in _ADAPTER_FILES[1:]}
 
 
 def write_about(folder: Path, about: Mapping[str, Any]) -> None:
