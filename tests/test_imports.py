@@ -24,6 +24,7 @@ BASE = {
     "script",
     "engine_metrics",
     "trace",
+    "logs",
 }
 BASE_ALLOWED = {
     "errors": set(),
@@ -37,6 +38,7 @@ BASE_ALLOWED = {
     "script": set(),
     "engine_metrics": {"errors", "types"},
     "trace": {"errors", "types"},
+    "logs": set(),
     "language": {"errors", "script"},
 }
 ALLOWED = {

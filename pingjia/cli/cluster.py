@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pingjia.cli.console import console, errors
+from pingjia.cli.environment import wants_debug
 from pingjia.cli.membership import SERVICE_HELP
 from pingjia.errors import UserError
+from pingjia.logs import set_up_logs
 
 if TYPE_CHECKING:
     from pingjia.cluster.consul import Consul
@@ -84,7 +86,7 @@ def nginx(
         errors.print(f"{e}; {out} is written, nginx reads it when it starts", markup=False)
     if once:
         return
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logs(debug=wants_debug())
     logging.getLogger("httpx").setLevel(logging.WARNING)
     _run_until_signal(watch)
 

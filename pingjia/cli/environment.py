@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import sys
 from collections.abc import Callable
 from typing import TypeVar, get_type_hints
 
@@ -15,6 +17,11 @@ def twin_of(parameter: str, flags: tuple[str, ...]) -> str:
     """The variable of a parameter with these flags: that of its long flag, else of its own name."""
     long = next((flag for flag in flags if flag.startswith("--")), parameter)
     return "PINGJIA_" + long.partition("/")[0].strip("-").replace("-", "_").upper()
+
+
+def wants_debug() -> bool:
+    """Whether the command line or PINGJIA_DEBUG asks for the messages of our own errors."""
+    return "--debug" in sys.argv or bool(os.environ.get("PINGJIA_DEBUG"))
 
 
 def with_environment(verb: F) -> F:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,9 +9,11 @@ import typer
 
 from pingjia.cli.budgets import spent_by_key, split_prices
 from pingjia.cli.console import errors
+from pingjia.cli.environment import wants_debug
 from pingjia.cli.serve import settings_of
 from pingjia.cli.worker import REDIS_HELP, needed_url
 from pingjia.errors import UserError
+from pingjia.logs import set_up_logs
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -49,7 +50,7 @@ def gateway(
     others, prices = split_prices(overrides or [])
     settings = settings_of(others, {**given, "redis_url": redis_url or None}).serve
     room.preflight(settings)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logs(debug=wants_debug())
     app = _before_servers if settings.upstream.servers else _before_workers
     room.serve(
         app(model, settings, prices, ledger),

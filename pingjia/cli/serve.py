@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ import typer
 from pingjia import recipe as recipes
 from pingjia.cli.budgets import spent_by_key, split_prices
 from pingjia.cli.console import errors
+from pingjia.cli.environment import wants_debug
 from pingjia.cli.membership import (
     ADVERTISE_HELP,
     CONSUL_HELP,
@@ -26,6 +26,7 @@ from pingjia.cost.settings import CostSettings
 from pingjia.engine.settings import EngineSettings
 from pingjia.errors import UserError
 from pingjia.gateway.settings import GatewaySettings
+from pingjia.logs import set_up_logs
 from pingjia.worker.settings import WorkerSettings
 
 MODEL_HELP = "Model directory, .gguf file or packaged name (smollm2)."
@@ -113,7 +114,7 @@ def run_server(
     if gateway_settings.redis_url is not None:
         check_redis(gateway_settings.redis_url)
     joining = joining_of(pool, gateway_settings.host, gateway_settings.port) if pool is not None else None
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logs(debug=wants_debug())
     ledger = Ledger(ledger_file) if ledger_file else None
     with Meter() as meter:
         started = time.perf_counter()

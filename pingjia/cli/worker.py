@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pingjia.cli.console import errors
+from pingjia.cli.environment import wants_debug
 from pingjia.cli.membership import (
     ADVERTISE_HELP,
     CONSUL_HELP,
@@ -34,6 +34,7 @@ from pingjia.cli.serve import (
 )
 from pingjia.engine.settings import EngineSettings
 from pingjia.errors import UserError
+from pingjia.logs import set_up_logs
 from pingjia.trace import open_tracer
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def worker(
 
     from pingjia.worker.health import Health, served  # takes a moment: after everything that can be refused without it
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logs(debug=wants_debug())
     with served(health := Health(), health_host, health_port) as url:
         errors.print(f"health at {url}/health/ready; loading {model} ...", markup=False)
         place = _Place(joining, url) if joining else None
