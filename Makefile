@@ -38,9 +38,10 @@ $(VENV)/.ready-test: $(VENV)/.ready tests/debian-packages.txt
 	$(BIN)/pip install --quiet --editable ".[model,bnb,data,ray,track,distributed,redis,otel,demo,conformance,dev]"
 	@touch $@
 
-# One thread: on a busy machine two threads can be six times slower on tiny networks.
+# One thread: on a busy machine two threads can be six times slower on tiny networks. Two files at a time instead;
+# ARGS="-n 0" for one, ARGS="tests/engine" for some.
 test: $(VENV)/.ready-test
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.ready-test
 	$(BIN)/ruff check .
