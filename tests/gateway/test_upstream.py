@@ -427,6 +427,21 @@ def test_calls_pass_through_the_queue_too(start: Callable[..., Any], stub: Any) 
     assert (response.status_code, response.headers["retry-after"]) == (429, "7")
 
 
+def test_all_of_it_over_redis(start: Callable[..., Any], stub: Any, redis: Any) -> None:
+    one = behind(start, stub, redis_url=redis.url, queue_above_rps=0)
+    two = behind(start, stub, redis_url=redis.url, queue_above_rps=0)
+    stub.act = Act(deltas=CALLS, finish="tool_calls")
+    found = events(ask(one, temperature=0, tools=TOOLS, stream=True))
+    assert [e["choices"][0]["delta"] for e in found[1:5]] == list(CALLS)
+    assert stub.seen[-1]["tools"] == TOOLS
+    kept = ask(two, temperature=0, tools=TOOLS)
+    assert kept.headers["x-cache"] == "HIT"
+    assert kept.json()["choices"][0]["message"]["tool_calls"][1]["id"] == "c2"
+    stub.act = Act(status=503, error={"error": {"message": "full"}}, headers={"retry-after": "9"})
+    busy = ask(two)
+    assert (busy.status_code, busy.headers["retry-after"]) == (503, "9")
+
+
 def test_jobs_and_batches(
     start: Callable[..., Any], stub: Any, tmp_path: Path, eventually: Callable[..., None]
 ) -> None:
