@@ -140,7 +140,7 @@ def steady(chain: Chain, seconds: float) -> dict[str, Any]:
 
 def killed(chain: Chain) -> dict[str, Any]:
     def act() -> dict[str, Any]:
-        in_work = chain.in_work("r0")
+        in_work = until(lambda: chain.in_work("r0"), "something in its hands")
         chain.replicas.signal("r0", signal.SIGKILL)
         out_s = chain.until_out("r0")
         chain.replicas.of["r0"].wait()
