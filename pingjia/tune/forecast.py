@@ -12,7 +12,7 @@ from pingjia.tune.batches import longest_micro
 from pingjia.tune.frozen import layers_of, network_of, num_frozen_layers
 from pingjia.tune.fused import is_fused, is_fused_unit
 from pingjia.tune.groups import layer_of
-from pingjia.tune.loop import Run
+from pingjia.tune.loop import Run, max_micro_tokens
 from pingjia.tune.memory import Adapters, Held, MemoryPlan, NetworkShape, Work, plan_memory
 from pingjia.tune.relief import release_memory, resident_bytes
 from pingjia.types import Encoded
@@ -35,7 +35,8 @@ def forecast(run: Run) -> MemoryPlan:
 
 def _longest(run: Run) -> list[Encoded]:
     lengths, size = [len(row.ids) for row in run.rows], run.settings.per_device_train_batch_size
-    found = (longest_micro(phase.plan, lengths, size) for phase in run.phases)
+    most = max_micro_tokens(run)
+    found = (longest_micro(phase.plan, lengths, size, max_tokens=most) for phase in run.phases)
     return [run.rows[number] for number in max(found, key=lambda rows: sum(lengths[row] for row in rows))]
 
 

@@ -20,7 +20,7 @@ from pingjia.meter import peak_bytes
 from pingjia.models.device import rng_state, set_rng_state
 from pingjia.models.family import Family
 from pingjia.tune import checkpoint as disk
-from pingjia.tune.batches import BatchPlan, longest_micro, share_of_process
+from pingjia.tune.batches import MAX_TOKENS_ON_CPU, BatchPlan, longest_micro, share_of_process
 from pingjia.tune.checkpoint import LOG_FILE, Saved
 from pingjia.tune.distributed import Alone, Holding
 from pingjia.tune.frozen import FrozenLayers, Model, num_frozen_layers
@@ -296,7 +296,9 @@ class _Phase:
     def try_updates(self, count: int, num_typical: int = 0) -> Trial:
         """Updates on the longest micro-batch, at a rate from the middle of the schedule. Weights do move."""
         progress, plan = self.progress, self.phase.plan
-        numbers = longest_micro(plan, self._lengths, progress.rung.rows_per_micro)
+        numbers = longest_micro(
+            plan, self._lengths, progress.rung.rows_per_micro, max_tokens=max_micro_tokens(self.run)
+        )
         results = [self._update(plan.num_steps // 2, numbers)[1] for _ in range(count)]
         typical = tuple(self._update(*chosen)[1] for chosen in _spread_updates(plan, num_typical))
         return Trial(results[-1], progress.rung, progress.event, typical)
@@ -304,7 +306,7 @@ class _Phase:
     def _micro_batches(self, rows: list[int]) -> list[MicroBatch]:
         """What this process computes of an update."""
         ranks, size = self.run.ranks, self.progress.rung.rows_per_micro
-        micros = share_of_process(rows, self._lengths, size, ranks.rank, ranks.size)
+        micros = share_of_process(rows, self._lengths, size, ranks.rank, ranks.size, max_micro_tokens(self.run))
         return [replace(self._batch(micro), is_idle=is_idle) for micro, is_idle in micros]
 
     def _batch(self, numbers: list[int]) -> MicroBatch:
@@ -319,7 +321,8 @@ class _Phase:
 
         def attempt() -> None:
             rung, first, ranks = self.progress.rung, self._first(), self.run.ranks
-            numbers = longest_micro(self.phase.plan, self._lengths, rung.rows_per_micro, first, ranks.size)
+            most = max_micro_tokens(self.run)
+            numbers = longest_micro(self.phase.plan, self._lengths, rung.rows_per_micro, first, ranks.size, most)
             if numbers:
                 ranks.attempt(lambda: rehearse_update(ranks, self._model, self._optimizer, self._batch(numbers)))
 
@@ -493,13 +496,18 @@ def frozen_layers(run: Run) -> FrozenLayers | None:
     return FrozenLayers(run.model, run.family, count, budget) if count else None
 
 
+def max_micro_tokens(run: Run) -> int | None:
+    """Tokens a micro-batch is to have at most; None where a longer one is computed faster, or costs fewer messages."""
+    return MAX_TOKENS_ON_CPU if run.ranks.size == 1 and run.model.device.type == "cpu" else None
+
+
 def _batches(run: Run, rows: Sequence[Encoded]) -> list[MicroBatch]:
     """This process's part of held-out rows."""
     if not rows:
         return []
     size, device = run.settings.per_device_train_batch_size, run.ranks.device
     lengths = [len(row.ids) for row in rows]
-    micros = share_of_process(range(len(rows)), lengths, size, run.ranks.rank, run.ranks.size)
+    micros = share_of_process(range(len(rows)), lengths, size, run.ranks.rank, run.ranks.size, max_micro_tokens(run))
     return [
         replace(build_batch([rows[i] for i in micro], run.family, run.model.config, device), is_idle=is_idle)
         for micro, is_idle in micros

@@ -115,6 +115,30 @@ def test_shared_out_rows_are_all_there_and_in_order(lengths: list[int], size: in
     assert all(micro == sorted(micro, reverse=True) for micro in micros), "the order of the update"
 
 
+@given(
+    lengths=st.lists(st.integers(1, 500), min_size=1, max_size=40),
+    size=st.integers(1, 12),
+    most=st.integers(1, 2000),
+    processes=st.integers(1, 3),
+)
+def test_so_many_micro_batches_that_tokens_are_few(lengths: list[int], size: int, most: int, processes: int) -> None:
+    rows = list(range(len(lengths)))
+    micros = share_out(rows, lengths, size, processes, most)
+    assert sorted(row for micro in micros for row in micro) == rows
+    assert len(micros) % processes == 0
+    assert all(len(micro) <= size for micro in micros)
+    tokens = [sum(lengths[row] for row in micro) for micro in micros]
+    assert sum(tokens) / len(tokens) <= most or max(map(len, micros)) == 1, "as many as it takes, or a row each"
+    fewest = share_out(rows, lengths, size, processes)
+    assert len(micros) == len(fewest) or sum(lengths) / (len(micros) - processes) > most, "and no more"
+    assert processes > 1 or all(micros)
+
+
+def test_rows_are_parted_by_tokens_only_when_there_are_many() -> None:
+    assert share_out(range(3), [300, 300, 400], 8, max_tokens=1000) == [[0, 1, 2]]
+    assert share_out(range(3), [300, 300, 401], 8, max_tokens=1000) == [[2], [0, 1]]
+
+
 def test_one_micro_batch_is_the_update_as_it_is() -> None:
     assert share_out([4, 1, 3], [9] * 5, 3) == [[4, 1, 3]]
 
