@@ -26,6 +26,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
+from pingjia.tune.buffers import BUFFERS
+
 Tensor = torch.Tensor
 
 
@@ -125,7 +127,7 @@ class AdaptedProduct(torch.autograd.Function):
         keep_TM = _kept(h_TM, dropped)
         ctx.factor = factor / (1 - dropped)
         inner_TR = (h_TM if keep_TM is None else h_TM * keep_TM) @ a_RM.T
-        out_TN = F.linear(h_TM, weight_NM, bias_N)
+        out_TN = _linear(h_TM, weight_NM, bias_N)
         out_TN.addmm_(inner_TR, b_NR.T, alpha=ctx.factor)
         ctx.save_for_backward(x_TM, gate_TM, keep_TM, inner_TR, weight_NM, a_RM, b_NR)
         ctx.shape = x.shape
@@ -138,11 +140,12 @@ class AdaptedProduct(torch.autograd.Function):
         grad_TN = grad.reshape(-1, grad.shape[-1])
         grad_inner_TR = (grad_TN @ b_NR).mul_(ctx.factor)
         grad_b_NR = (grad_TN.T @ inner_TR).mul_(ctx.factor) if ctx.needs_input_grad[5] else None
-        silu_TM = None if gate_TM is None else F.silu(gate_TM)
+        silu_TM = None if gate_TM is None else _silu(gate_TM)
         grad_a_RM = None
         if ctx.needs_input_grad[4]:
-            h_TM = x_TM if silu_TM is None else silu_TM * x_TM
+            h_TM = x_TM if silu_TM is None else torch.mul(silu_TM, x_TM, out=BUFFERS.empty(x_TM, x_TM.shape[1]))
             grad_a_RM = grad_inner_TR.T @ (h_TM if keep_TM is None else h_TM * keep_TM)
+            del h_TM
         grad_x = grad_gate = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             grad_h_TM = _grad_of_input(grad_TN, weight_NM, grad_inner_TR, a_RM, keep_TM)
@@ -150,14 +153,21 @@ class AdaptedProduct(torch.autograd.Function):
                 grad_x = grad_h_TM.view(ctx.shape)
             else:
                 grad_x = silu_TM.mul_(grad_h_TM).view(ctx.shape)
-                grad_gate = torch.ops.aten.silu_backward(grad_h_TM.mul_(x_TM), gate_TM).view(ctx.shape)
+                grad_gate = _silu_backward_(grad_h_TM.mul_(x_TM), gate_TM).view(ctx.shape)
         return grad_x, grad_gate, None, None, grad_a_RM, grad_b_NR, None, None
+
+
+def _linear(h_TM: Tensor, weight_NM: Tensor, bias_N: Tensor | None) -> Tensor:
+    out_TN = BUFFERS.empty(h_TM, weight_NM.shape[0])
+    if bias_N is None:
+        return torch.mm(h_TM, weight_NM.T, out=out_TN)
+    return torch.addmm(bias_N, h_TM, weight_NM.T, out=out_TN)
 
 
 def _grad_of_input(
     grad_TN: Tensor, weight_NM: Tensor, grad_inner_TR: Tensor, a_RM: Tensor, keep_TM: Tensor | None
 ) -> Tensor:
-    grad_h_TM = grad_TN @ weight_NM
+    grad_h_TM = torch.mm(grad_TN, weight_NM, out=BUFFERS.empty(grad_TN, weight_NM.shape[1]))
     if keep_TM is None:
         return grad_h_TM.addmm_(grad_inner_TR, a_RM)
     return grad_h_TM.add_((grad_inner_TR @ a_RM).mul_(keep_TM))
@@ -231,11 +241,24 @@ class GatedUnit(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, gate = ctx.saved_tensors
-        return F.silu(gate).mul_(grad), torch.ops.aten.silu_backward(grad * x, gate)
+        return _silu(gate).mul_(grad), _silu_backward_(grad * x, gate)
 
 
 def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
-    return x if gate is None else F.silu(gate).mul_(x)
+    return x if gate is None else _silu(gate).mul_(x)
+
+
+def _silu(x: Tensor) -> Tensor:
+    if x.dim() != 2:
+        return F.silu(x)
+    result: Tensor = torch.ops.aten.silu.out(x, out=BUFFERS.empty(x, x.shape[1]))
+    return result
+
+
+def _silu_backward_(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of silu(x), written over `grad`."""
+    result: Tensor = torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
+    return result
 
 
 # ---- a norm
@@ -261,12 +284,16 @@ class RootMeanSquareNorm(torch.autograd.Function):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse = (length.square_() / x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        return torch.mul(x, inverse, out=_like(x)).mul_(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        slope = grad * weight
+        slope = torch.mul(grad, weight, out=_like(x))
         share = torch.linalg.vecdot(slope, x).unsqueeze(-1).mul_(inverse.pow(3)).div_(-x.shape[-1])
         return slope.mul_(inverse).addcmul_(x, share), None, None
+
+
+def _like(x: Tensor) -> Tensor:
+    return BUFFERS.empty(x.reshape(-1, x.shape[-1]), x.shape[-1]).view(x.shape)

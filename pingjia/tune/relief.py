@@ -17,6 +17,7 @@ from pingjia.models.device import free_bytes, has_bfloat16, limit_device_memory
 from pingjia.quant.bnb import is_packed_by_bnb
 from pingjia.quant.formats import FORMATS, PackedLinear
 from pingjia.quant.half import HalfLinear
+from pingjia.tune.buffers import BUFFERS
 from pingjia.tune.frozen import Model, layers_of, network_of
 from pingjia.tune.ladder import HALF, INT4, INT8, Rung, next_step, path, skipped_of
 from pingjia.tune.launch import processes_here
@@ -85,6 +86,7 @@ def limit_memory(
 def release_memory(device: torch.device) -> None:
     """Give back what nobody holds any more; else what is free already would still be counted."""
     gc.collect()
+    BUFFERS.clear()
     if device.type != "cpu":
         torch.accelerator.empty_cache()
     if sys.platform == "linux":
