@@ -6,7 +6,7 @@ ones, holds them at right angles, and replays. The tasks are in forgetting_rows.
 wordings to learn and two held out, which are the probe. An answer counts when it states the fact to the character.
 Where the gate refuses an arm, that is noted, and the arm goes on with the gate open, to see where it ends.
 
-    python benchmarks/forgetting.py [--epochs 5] [--rate 1e-3] [--replay 0.5] [--folder DIR] [--out FILE]
+    python benchmarks/forgetting.py [--epochs 5] [--rate 1e-3] [--replay 1] [--folder DIR] [--out FILE]
 
 With --folder a stopped experiment goes on where it was. Exit code 1 when a task was not learnt (less than 80 % of its
 probe right after it was trained), when the gate let the naive arm through, or when it refused ours.
@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--replay", type=float, default=0.5, help="replayed rows for each new one, of our arm")
+    parser.add_argument("--replay", type=float, default=1.0, help="replayed rows for each new one, of our arm")
     parser.add_argument("--folder", type=Path, help="where the runs are kept")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
