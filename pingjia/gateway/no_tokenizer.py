@@ -15,7 +15,7 @@ class NoTokenizer:
     """A `Tokenizer` that refuses. No road to another server asks it for anything."""
 
     family = "none"
-    vocab_size = 0
+    vocab_size = 2**31  # any id may be one of theirs
     pad_id = 0
     stop_ids: frozenset[int] = frozenset()
     template_digest = ""
