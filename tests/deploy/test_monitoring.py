@@ -49,7 +49,9 @@ def scraped():
             headers={"prefer": "respond-async"},
         ).headers["location"]
         gateway_tests.wait_until(lambda: gateway.http.get(job).json()["status"] == "completed", "the job ends")
-        texts = [gateway.http.get("/metrics").text]
+        told = lambda: gateway.http.get("/metrics").text  # noqa: E731
+        gateway_tests.wait_until(lambda: 'queue_ended_total{how="done"}' in told(), "the gateway looked at its queue")
+        texts = [told()]
     texts.append(worker_metrics(gateway.backend))
     found: dict[str, set[str]] = {}
     for line in "\n".join(texts).splitlines():
