@@ -28,7 +28,8 @@ from pingjia.types import Chunk, Request
 
 log = logging.getLogger("pingjia.gateway")
 
-_CHECK_WAIT_S = 2.0
+_CHECK_WAIT_S = 1.5
+_PROOF_S = 0.5  # what was heard this long ago still shows that it works: with both, a frozen one is seen within 3 s
 _MODELS_AGAIN_S = 30.0
 _MAX_COMPLAINT = 64_000
 _SETTLE_S = 0.05  # until a connection that the server is just closing is seen to be closed
@@ -122,7 +123,7 @@ class Server:
         A server may answer one request at a time and end an answer when another request comes (llama-cpp-python does):
         nothing that could wait for its model is asked while it works.
         """
-        if self.is_well and self.num_outstanding and time.monotonic() - self.heard_at < _CHECK_WAIT_S:
+        if self.is_well and self.num_outstanding and time.monotonic() - self.heard_at < _PROOF_S:
             return
         try:
             async with asyncio.timeout(_CHECK_WAIT_S):

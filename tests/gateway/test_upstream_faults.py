@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -328,3 +330,31 @@ def test_draining_waits_for_the_server(start: Callable[..., Any], alone: Any) ->
     gateway.server.should_exit = True
     thread.join(10)
     assert found == ["你好, world"]
+
+
+_FROZEN = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import upstream_stub
+print(upstream_stub.Stub().url, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_frozen_server_gets_no_requests(
+    start: Callable[..., Any], alone: Any, eventually: Callable[..., None]
+) -> None:
+    words = [sys.executable, "-c", _FROZEN, str(Path(__file__).parent)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        try:
+            backend = Upstream(UpstreamSettings.model_validate({"servers": [url, alone.url], "check_s": 0.1}))
+            gateway = start(backend=backend)
+            process.send_signal(signal.SIGSTOP)
+            eventually(lambda: not backend.servers[0].is_well, "it is seen to be frozen", 10)
+            assert text(ask(gateway)) == "你好, world"
+            process.send_signal(signal.SIGCONT)
+            eventually(lambda: backend.servers[0].is_well, "it is well again", 10)
+        finally:
+            process.kill()
