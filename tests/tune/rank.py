@@ -66,7 +66,7 @@ class OutOfMemory:
 
         def layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
             layers = real_layers(model)
-            layers[1].mlp.register_forward_hook(self.maybe)
+            layers[-1].mlp.register_forward_hook(self.maybe)
             return layers
 
         loop.update, relief.layers_of = update, layers_of
