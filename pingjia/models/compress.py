@@ -191,8 +191,8 @@ def estimated_bytes(source: Source, settings: QuantizeSettings) -> int:
     matrices = {n: math.prod(shape) for n, shape in source.shapes.items() if len(shape) > 1}
     tables = sum(sorted(matrices.values())[-1:])
     linears = sum(matrices.values()) - tables
-    scales = 16 / settings.group_size if settings.bits == 4 else 0
-    return int((linears * (settings.bits + scales) + tables * settings.head_bits) / 8)
+    scales = 16 / settings.group_size if settings.layout == "group" else 0
+    return int((linears * (settings.bits + scales) + tables * (settings.head_bits + scales)) / 8)
 
 
 def _as_floats(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from pingjia.models.chatglm import ChatGLMForCausalLM
 from pingjia.models.chatglm2 import ChatGLM2ForCausalLM
 from pingjia.models.chatglm_config import ChatGLM2Config, ChatGLMConfig
 from pingjia.quant.formats import Int4Linear, Int8Linear, PackedEmbedding, PackedLinear
-from pingjia.quant.group import GroupInt4Embedding, GroupInt4Linear
+from pingjia.quant.group import GroupEmbedding, GroupInt4Linear, GroupInt8Linear
 from pingjia.quant.half import HalfLinear
 
 
@@ -127,8 +127,8 @@ def trim_heap() -> None:
 def place_packed(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Exchange every linear and table whose stored tensors are packed. `shapes`: name -> shape, of all that is stored.
 
-    What a matrix is packed to, its shapes say: a scale per group is our INT4; one per row is INT8 or, where a byte
-    holds two columns, the published INT4.
+    What a matrix is packed to, its shapes say: a byte per column is INT8, half of one INT4; a scale per group is our
+    own layout, one per row the published one.
     """
     embedding, head = table_names(model)
     for path, module in list(model.named_modules()):
@@ -137,7 +137,7 @@ def place_packed(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, _empty_packed(module, path, shapes))
     if f"{embedding}.weight_scale" in shapes:
-        model.set_input_embeddings(_empty_table(model.get_input_embeddings(), shapes[f"{embedding}.weight_scale"]))
+        model.set_input_embeddings(_empty_table(model.get_input_embeddings(), embedding, shapes))
     source = embedding if is_tied(model) else head
     if f"{source}.weight_scale" in shapes:
         model.set_output_embeddings(_empty_packed(model.get_output_embeddings(), source, shapes))
@@ -146,19 +146,20 @@ def place_packed(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
 def _empty_packed(linear: nn.Linear, path: str, shapes: Mapping[str, tuple[int, ...]]) -> PackedLinear:
     size = linear.in_features, linear.out_features, linear.bias is not None
     scale_shape = shapes[f"{path}.weight_scale"]
+    is_int8 = shapes.get(f"{path}.weight", ())[1:] == (linear.in_features,)
     if len(scale_shape) == 2:
-        return GroupInt4Linear(*size, device="meta", group_size=linear.in_features // scale_shape[1])
-    kind = Int8Linear if shapes.get(f"{path}.weight", ())[1:] == (linear.in_features,) else Int4Linear
-    return kind(*size, device="meta")
+        grouped = GroupInt8Linear if is_int8 else GroupInt4Linear
+        return grouped(*size, device="meta", group_size=linear.in_features // scale_shape[1])
+    return (Int8Linear if is_int8 else Int4Linear)(*size, device="meta")
 
 
-def _empty_table(table: nn.Embedding, scale_shape: tuple[int, ...]) -> nn.Embedding:
-    rows, columns = table.num_embeddings, table.embedding_dim
+def _empty_table(table: nn.Embedding, path: str, shapes: Mapping[str, tuple[int, ...]]) -> nn.Embedding:
+    shape, scale_shape = shapes[f"{path}.weight"], shapes[f"{path}.weight_scale"]
     if len(scale_shape) == 1:
-        weight = torch.empty(rows, columns, dtype=torch.int8, device="meta")
-        return PackedEmbedding(weight, torch.empty(rows, device="meta"), 8)
-    weight = torch.empty(rows, columns // 2, dtype=torch.uint8, device="meta")
-    return GroupInt4Embedding(weight, torch.empty(scale_shape, dtype=torch.float16, device="meta"))
+        weight = torch.empty(shape, dtype=torch.int8, device="meta")
+        return PackedEmbedding(weight, torch.empty(scale_shape, device="meta"), 8)
+    weight = torch.empty(shape, dtype=torch.int8 if shape[1] == table.embedding_dim else torch.uint8, device="meta")
+    return GroupEmbedding(weight, torch.empty(scale_shape, dtype=torch.float16, device="meta"))
 
 
 def tie_tables(model: PreTrainedModel) -> None:

@@ -47,6 +47,11 @@ def nearest_scale(target_GN: torch.Tensor) -> torch.Tensor:
     return (largest_N / LOW).half().float()
 
 
+def largest_scale(target_GN: torch.Tensor) -> torch.Tensor:
+    """[N] float32, exact in float16, for INT8: the largest weight of a row's group becomes 127."""
+    return (target_GN.abs().amax(0) / 127).half().float()
+
+
 def row_scale(weight_NM: torch.Tensor) -> torch.Tensor:
     """[N] float32 for INT8: the largest weight of a row becomes 127."""
     return weight_NM.abs().amax(1).float() / 127

@@ -14,7 +14,7 @@ import torch
 
 from pingjia.quant.gptq import round_groups, round_groups_in_order, round_rows
 from pingjia.quant.gram import Gram, root_of
-from pingjia.quant.group import dequantize_groups, group_size_for, pack_groups
+from pingjia.quant.group import dequantize_groups, group_size_for, int8_group_size, pack_groups
 from pingjia.quant.rows import dequantize_rows, quantize_rows
 from pingjia.quant.settings import QuantizeSettings
 
@@ -47,7 +47,7 @@ class PackedMatrix:
 
     def dequantize(self) -> torch.Tensor:
         """float32 [N, M]."""
-        if self.weight.dtype == torch.uint8:
+        if self.weight_scale.dim() == 2:
             return dequantize_groups(self.weight, self.weight_scale)
         return dequantize_rows(self.weight, self.weight_scale, 8)
 
@@ -59,22 +59,26 @@ class PackedMatrix:
 def pack_matrix(
     weight_NM: torch.Tensor, bits: int, settings: QuantizeSettings, root: Root | None, name: str = "the matrix"
 ) -> PackedMatrix:
-    """Round and pack one matrix to 4 (groups) or 8 bits (rows). Raises ModelError when no group divides its columns."""
+    """Round and pack one matrix. Raises ModelError when no group divides its columns and it is to have 4 bits."""
     if settings.layout == "published":
         stored, scale_N = quantize_rows(weight_NM, bits)
         return PackedMatrix(stored, scale_N, _published_error(weight_NM, stored, scale_N, bits))
-    group_size = group_size_for(weight_NM.shape[1], settings.group_size, name) if bits == 4 else 0
+    group_size = _group_size(weight_NM.shape[1], bits, settings.group_size, name)
     lots = []
     error, size = 0.0, 0.0
     for rows in _lots(*weight_NM.shape):
         weight = weight_NM[rows].float()
-        values, scale, lost = _round(weight, group_size, root)
+        values, scale, lost = _round(weight, bits, group_size, root)
         lots.append((pack_groups(values) if bits == 4 else values, scale))
         some = slice(None, None, max(1, weight.shape[0] // _SAMPLED_ROWS))
         error += _squares(lost[some], root)
         size += _squares(weight[some], root)
     weight, scale = (torch.cat(parts) for parts in zip(*lots, strict=True))
     return PackedMatrix(weight, scale, (error / size) ** 0.5 if size else 0.0)
+
+
+def _group_size(num_columns: int, bits: int, asked: int, name: str) -> int | None:
+    return group_size_for(num_columns, asked, name) if bits == 4 else int8_group_size(num_columns, asked)
 
 
 def _published_error(weight_NM: torch.Tensor, stored: torch.Tensor, scale_N: torch.Tensor, bits: int) -> float:
@@ -88,13 +92,12 @@ def _lots(num_rows: int, num_columns: int) -> list[slice]:
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
-def _round(weight: torch.Tensor, group_size: int, root: Root | None) -> tuple[torch.Tensor, ...]:
-    if root is None:
-        return round_groups(weight, group_size, None) if group_size else round_rows(weight, None)
-    if root.order_M is None:
-        return round_groups(weight, group_size, root.root_MM) if group_size else round_rows(weight, root.root_MM)
+def _round(weight: torch.Tensor, bits: int, group_size: int | None, root: Root | None) -> tuple[torch.Tensor, ...]:
+    if root is None or root.order_M is None:
+        root_MM = None if root is None else root.root_MM
+        return round_groups(weight, group_size, root_MM, bits) if group_size else round_rows(weight, root_MM)
     if group_size:
-        return round_groups_in_order(weight, group_size, root.root_MM, root.order_M)
+        return round_groups_in_order(weight, group_size, root.root_MM, root.order_M, bits)
     values, scale, lost = round_rows(weight[:, root.order_M], root.root_MM)
     back = torch.argsort(root.order_M)
     return values[:, back], scale, lost[:, back]

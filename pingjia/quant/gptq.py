@@ -16,45 +16,55 @@ from collections.abc import Callable
 
 import torch
 
-from pingjia.quant.clip import HIGH, LOW, divisor, group_scale, nearest_scale, row_scale
+from pingjia.quant.clip import HIGH, LOW, divisor, group_scale, largest_scale, nearest_scale, row_scale
 from pingjia.quant.rounding import is_compiled, round_block
 
 _INT8_BLOCK = 128
+_LIMITS = {4: (LOW, HIGH), 8: (-127, 127)}
 Scales = Callable[[slice, torch.Tensor, torch.Tensor], torch.Tensor]
 """(columns, what they should be [B, N], importance [B]) -> scale [N] or [B, N]."""
 
 
-def round_groups(weight_NM: torch.Tensor, group_size: int, root_MM: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """INT4 with a scale per group: (values int8 [N, M] of -8..7, scale float16 [N, M/G], error float32 [N, M]).
+def round_groups(
+    weight_NM: torch.Tensor, group_size: int, root_MM: torch.Tensor | None, bits: int = 4
+) -> tuple[torch.Tensor, ...]:
+    """A scale per group: (values int8 [N, M], scale float16 [N, M/G], error float32 [N, M]).
 
-    `root_MM` None rounds every weight to its nearest value. Otherwise a group's scale is chosen for what its columns
-    should be by then, errors of earlier columns made up for.
+    Values are -8..7 with 4 bits and -127..127 with 8. `root_MM` None rounds every weight to its nearest value.
+    Otherwise a group's scale is chosen for what its columns should be by then, errors of earlier columns made up for.
     """
     scales_NG = weight_NM.new_empty(weight_NM.shape[0], weight_NM.shape[1] // group_size, dtype=torch.float16)
 
     def scales(columns: slice, target_BN: torch.Tensor, importance_B: torch.Tensor) -> torch.Tensor:
-        scale_N = nearest_scale(target_BN) if root_MM is None else group_scale(target_BN, importance_B)
+        scale_N = _scale(target_BN, None if root_MM is None else importance_B, bits)
         scales_NG[:, columns.start // group_size] = scale_N.half()
         return scale_N
 
-    values_NM, error_NM = _round(weight_NM, root_MM, group_size, scales, (LOW, HIGH))
+    values_NM, error_NM = _round(weight_NM, root_MM, group_size, scales, _LIMITS[bits])
     return values_NM, scales_NG, error_NM
 
 
+def _scale(target_BN: torch.Tensor, importance_B: torch.Tensor | None, bits: int) -> torch.Tensor:
+    """[N] float32, exact in float16, for one group. With 8 bits cutting off the largest weights gains nothing."""
+    if bits == 8:
+        return largest_scale(target_BN)
+    return nearest_scale(target_BN) if importance_B is None else group_scale(target_BN, importance_B)
+
+
 def round_groups_in_order(
-    weight_NM: torch.Tensor, group_size: int, root_MM: torch.Tensor, order_M: torch.Tensor
+    weight_NM: torch.Tensor, group_size: int, root_MM: torch.Tensor, order_M: torch.Tensor, bits: int = 4
 ) -> tuple[torch.Tensor, ...]:
     """`round_groups` with columns taken in `order_M`, for which `root_MM` was made; scales are chosen beforehand."""
     importance_M = torch.empty_like(root_MM.diagonal())
     importance_M[order_M] = root_MM.diagonal().square()
     groups = weight_NM.T.unflatten(0, (-1, group_size)), importance_M.view(-1, group_size)
-    scales_NG = torch.stack([group_scale(w.float(), i) for w, i in zip(*groups, strict=True)], dim=1)
+    scales_NG = torch.stack([_scale(w.float(), i, bits) for w, i in zip(*groups, strict=True)], dim=1)
     group_M = order_M // group_size
 
     def scales(columns: slice, target_BN: torch.Tensor, importance_B: torch.Tensor) -> torch.Tensor:
         return scales_NG[:, group_M[columns]].T
 
-    values_NM, error_NM = _round(weight_NM[:, order_M], root_MM, group_size, scales, (LOW, HIGH))
+    values_NM, error_NM = _round(weight_NM[:, order_M], root_MM, group_size, scales, _LIMITS[bits])
     back_M = torch.argsort(order_M)
     return values_NM[:, back_M], scales_NG.half(), error_NM[:, back_M]
 

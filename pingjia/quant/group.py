@@ -1,9 +1,10 @@
-"""INT4 in groups of columns: the layout, the linear layer and the embedding table that keep it packed.
+"""INT4 and INT8 in groups of columns: the layout, the linear layers and embedding tables that keep them packed.
 
-`weight` uint8 [N, M/2]: the LOW nibble holds an even column, the HIGH nibble the odd one after it; a nibble means
-nibble - 8, so values lie in -8..7. `weight_scale` float16 [N, M/G]: one scale per row and group of G columns, and
-weight = value * scale. This is our own layout, written by `pingjia quantize`; the published per-row one is `rows.py`.
-Not here: choosing scales and values (`clip.py`, `gptq.py`), and the fast products (`kernels/`).
+INT4: `weight` uint8 [N, M/2]: the LOW nibble holds an even column, the HIGH nibble the odd one after it; a nibble means
+nibble - 8, so values lie in -8..7. INT8: `weight` int8 [N, M] of -127..127. `weight_scale` float16 [N, M/G]: one scale
+per row and group of G columns, and weight = value * scale. This is our own layout, written by `pingjia quantize`; the
+published per-row one is `rows.py`. Not here: choosing scales and values (`clip.py`, `gptq.py`), and the fast products
+(`kernels/`).
 
 Shapes: B rows of x, N output rows, M input columns, G columns of a group.
 """
@@ -35,6 +36,11 @@ def group_size_for(num_columns: int, asked: int, name: str = "the matrix") -> in
     return max(fitting)
 
 
+def int8_group_size(num_columns: int, asked: int) -> int | None:
+    """The same for INT8, which does without groups (None: a scale per row) where 32 does not divide the columns."""
+    return group_size_for(num_columns, asked) if num_columns % min(GROUP_SIZES) == 0 else None
+
+
 # ---- layout
 
 
@@ -53,11 +59,13 @@ def unpack_groups(packed_NP: torch.Tensor) -> torch.Tensor:
 def dequantize_groups(
     packed_NP: torch.Tensor, scale_NG: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Packed rows -> float [N, M] of `dtype`; computed in float32, block by block."""
-    num_rows, num_columns = packed_NP.shape[0], 2 * packed_NP.shape[1]
+    """Packed rows (uint8: INT4, int8: INT8) -> float [N, M] of `dtype`; computed in float32, block by block."""
+    is_int8 = packed_NP.dtype == torch.int8
+    num_rows, num_columns = packed_NP.shape[0], packed_NP.shape[1] * (1 if is_int8 else 2)
     weight = torch.empty(num_rows, num_columns, dtype=dtype, device=packed_NP.device)
     for rows in row_blocks(num_rows, num_columns):
-        grouped = unpack_groups(packed_NP[rows]).float().unflatten(1, (scale_NG.shape[1], -1))
+        values = packed_NP[rows] if is_int8 else unpack_groups(packed_NP[rows])
+        grouped = values.float().unflatten(1, (scale_NG.shape[1], -1))
         weight[rows] = (grouped * scale_NG[rows].float()[..., None]).flatten(1)
     return weight
 
@@ -66,9 +74,10 @@ def dequantize_groups(
 
 
 def group_product(x: torch.Tensor, weight_NP: torch.Tensor, scale_NG: torch.Tensor) -> torch.Tensor:
-    """x [..., M] times a grouped INT4 matrix -> [..., N] of x's dtype. Plain torch; the gradient goes to x only.
+    """x [..., M] times a grouped matrix (uint8: INT4, int8: INT8) -> [..., N] of x's dtype.
 
-    The matrix is widened about 1 MB at a time, never as a whole. On a CPU it computes in float32 whatever x is.
+    Plain torch; the gradient goes to x only. The matrix is widened about 1 MB at a time, never as a whole. On a CPU it
+    computes in float32 whatever x is.
     """
     return _GroupProduct.apply(x, weight_NP, scale_NG)
 
@@ -77,7 +86,8 @@ class _GroupProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_NP: torch.Tensor, scale_NG: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight_NP, scale_NG)
-        x_BM = _halves(x.reshape(-1, x.shape[-1]).to(_compute_dtype(x)))
+        ctx.width = x.shape[-1]
+        x_BM = _halves(x.reshape(-1, x.shape[-1]).to(_compute_dtype(x)), weight_NP)
         out_BN = x_BM.new_empty(x_BM.shape[0], weight_NP.shape[0])
         for rows in row_blocks(weight_NP.shape[0], x_BM.shape[1]):
             out_BN[:, rows] = x_BM @ _widen(weight_NP[rows], scale_NG[rows], x_BM.dtype).T
@@ -88,16 +98,20 @@ class _GroupProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         weight_NP, scale_NG = ctx.saved_tensors
         grad_BN = grad.reshape(-1, grad.shape[-1]).to(_compute_dtype(grad))
-        half = weight_NP.shape[1]
-        grad_BM = grad_BN.new_zeros(grad_BN.shape[0], 2 * half)
-        for rows in row_blocks(weight_NP.shape[0], 2 * half):
+        width = ctx.width
+        grad_BM = grad_BN.new_zeros(grad_BN.shape[0], width)
+        for rows in row_blocks(weight_NP.shape[0], width):
             grad_BM.addmm_(grad_BN[:, rows], _widen(weight_NP[rows], scale_NG[rows], grad_BN.dtype))
-        in_order = torch.stack((grad_BM[:, :half], grad_BM[:, half:]), dim=-1)
-        return in_order.view(*grad.shape[:-1], 2 * half).to(grad.dtype), None, None
+        if weight_NP.dtype == torch.uint8:
+            grad_BM = torch.stack((grad_BM[:, : width // 2], grad_BM[:, width // 2 :]), dim=-1).flatten(1)
+        return grad_BM.view(*grad.shape[:-1], width).to(grad.dtype), None, None
 
 
 def _widen(packed_NP: torch.Tensor, scale_NG: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """All even columns, then all odd ones, as floats: interleaving them would cost more than reordering x does."""
+    """Floats. INT4: all even columns, then all odd ones; interleaving them would cost more than reordering x does."""
+    if packed_NP.dtype == torch.int8:
+        values = packed_NP.to(dtype).unflatten(1, (scale_NG.shape[1], -1))
+        return values.mul_(scale_NG.to(dtype)[..., None]).flatten(1)
     num_rows, half = packed_NP.shape
     wide = torch.empty(num_rows, 2, half, dtype=dtype, device=packed_NP.device)
     wide[:, 0] = packed_NP & 0xF
@@ -106,7 +120,10 @@ def _widen(packed_NP: torch.Tensor, scale_NG: torch.Tensor, dtype: torch.dtype) 
     return grouped.mul_(scale_NG.to(dtype)[:, None, :, None]).view(num_rows, 2 * half)
 
 
-def _halves(x_BM: torch.Tensor) -> torch.Tensor:
+def _halves(x_BM: torch.Tensor, weight_NP: torch.Tensor) -> torch.Tensor:
+    """Columns of x in the order of `_widen`."""
+    if weight_NP.dtype == torch.int8:
+        return x_BM
     return torch.cat((x_BM[:, 0::2], x_BM[:, 1::2]), dim=1)
 
 
@@ -117,10 +134,8 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
 # ---- modules
 
 
-class GroupInt4Linear(PackedLinear):
-    """4 bits per weight, one float16 scale per row and group of columns. Frozen: only the input gets a gradient."""
-
-    bits = 4
+class GroupLinear(PackedLinear):
+    """One float16 scale per row and group of columns. Frozen: only the input gets a gradient."""
 
     def __init__(
         self,
@@ -135,12 +150,14 @@ class GroupInt4Linear(PackedLinear):
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate a float weight
         self.in_features, self.out_features = in_features, out_features
         groups = in_features // group_size_for(in_features, group_size)
-        stored = torch.full((out_features, in_features // 2), 0x88, dtype=torch.uint8, device=device)
-        self.weight = nn.Parameter(stored, requires_grad=False)
+        self.weight = nn.Parameter(self._zeros(device), requires_grad=False)
         self.register_buffer("weight_scale", torch.ones(out_features, groups, dtype=torch.float16, device=device))
         self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False)
+
+    def _zeros(self, device: torch.device | str | None) -> torch.Tensor:
+        raise NotImplementedError
 
     @property
     def group_size(self) -> int:
@@ -157,11 +174,29 @@ class GroupInt4Linear(PackedLinear):
         return f"{super().extra_repr()}, group_size={self.group_size}"
 
 
-class GroupInt4Embedding(PackedEmbedding):
-    """The same of grouped INT4. Its `weight` and `weight_scale` may be those of a `GroupInt4Linear` head."""
+class GroupInt4Linear(GroupLinear):
+    """4 bits per weight and the scales."""
+
+    bits = 4
+
+    def _zeros(self, device: torch.device | str | None) -> torch.Tensor:
+        return torch.full((self.out_features, self.in_features // 2), 0x88, dtype=torch.uint8, device=device)
+
+
+class GroupInt8Linear(GroupLinear):
+    """8 bits per weight and the scales."""
+
+    bits = 8
+
+    def _zeros(self, device: torch.device | str | None) -> torch.Tensor:
+        return torch.zeros(self.out_features, self.in_features, dtype=torch.int8, device=device)
+
+
+class GroupEmbedding(PackedEmbedding):
+    """The same as a table. `weight` and `weight_scale` may be those of a head, a `GroupLinear`."""
 
     def __init__(self, weight_NP: torch.Tensor, scale_NG: torch.Tensor) -> None:
-        super().__init__(weight_NP, scale_NG, 4)
+        super().__init__(weight_NP, scale_NG, 4 if weight_NP.dtype == torch.uint8 else 8)
 
     def _widened(self, rows: torch.Tensor) -> torch.Tensor:
         return dequantize_groups(self.weight[rows], self.weight_scale[rows], self.out_dtype)

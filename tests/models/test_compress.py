@@ -33,8 +33,8 @@ from pingjia.models.packed import PackedSource
 from pingjia.models.skeleton import block_paths, empty_network, fill, free, is_tied, tensor_names, tie_tables
 from pingjia.models.walk import Walk
 from pingjia.quant import count_weights
-from pingjia.quant.formats import Int8Linear, PackedEmbedding
-from pingjia.quant.group import GroupInt4Embedding, GroupInt4Linear
+from pingjia.quant.formats import PackedEmbedding
+from pingjia.quant.group import GroupEmbedding, GroupInt4Linear, GroupInt8Linear
 from pingjia.quant.settings import QuantizeSettings
 from pingjia.quant.shards import ShardWriter
 
@@ -159,8 +159,8 @@ def test_what_is_written_loads_as_what_was_meant(
     packed, original = load_model(tmp_path / "out"), load_model(directory)
     blocks = tuple(f"{b}." for b in block_paths(packed))
     kinds = {type(m) for n, m in packed.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith(blocks)}
-    assert kinds == {GroupInt4Linear if bits == 4 else Int8Linear}
-    tables = {4: GroupInt4Embedding, 8: PackedEmbedding, 16: torch.nn.Embedding}
+    assert kinds == {GroupInt4Linear if bits == 4 else GroupInt8Linear}
+    tables = {4: GroupEmbedding, 8: GroupEmbedding, 16: torch.nn.Embedding}
     assert type(packed.get_input_embeddings()) is tables[head_bits]
     assert base_fingerprint(packed) == base_fingerprint(original) == source_fingerprint(open_original(directory))
     assert count_weights(packed) == count_weights(original)
@@ -174,7 +174,7 @@ def widened(packed: PreTrainedModel, like: PreTrainedModel) -> PreTrainedModel:
     """The float network with the weights that the packed modules stand for."""
     for name, module in packed.named_modules():
         target = like.get_submodule(name)
-        if isinstance(module, (GroupInt4Linear, Int8Linear)):
+        if isinstance(module, (GroupInt4Linear, GroupInt8Linear)):
             target.weight.data = module.dequantize()
         elif isinstance(module, PackedEmbedding):
             target.weight.data = module(torch.arange(module.num_embeddings))
@@ -262,7 +262,7 @@ def test_the_comparison_is_that_of_whole_networks(family: str, make: Callable[..
         count += len(a)
     assert got.total.num_tokens == count
     assert got.total.nll_packed / count == pytest.approx(nll / count, rel=1e-4)
-    assert got.total.mean_kl == pytest.approx(kl / count, rel=1e-2)
+    assert got.total.mean_kl == pytest.approx(kl / count, rel=1e-2, abs=3e-7)  # a difference of float32 sums
     assert got.total.num_same_top == same
     assert sum(t.num_tokens for t in got.by_label.values()) == count
     assert len(got.blocks) == 3

@@ -1,4 +1,4 @@
-"""Grouped INT4: the bytes, the product and its gradient, against plain arithmetic."""
+"""Grouped INT4 and INT8: the bytes, the product and its gradient, against plain arithmetic."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pingjia.errors import ModelError
+from pingjia.quant.encode import pack_matrix
 from pingjia.quant.group import (
-    GroupInt4Embedding,
+    GroupEmbedding,
     GroupInt4Linear,
+    GroupInt8Linear,
     dequantize_groups,
     group_product,
     group_size_for,
     pack_groups,
     unpack_groups,
 )
+from pingjia.quant.rows import dequantize_rows, quantize_rows
+from pingjia.quant.settings import QuantizeSettings
 
 
 def random_linear(rows: int, columns: int, group: int, seed: int = 0) -> GroupInt4Linear:
@@ -81,7 +85,7 @@ def test_half_precision_in_half_precision_out() -> None:
 
 def test_an_embedding_looks_up_rows_of_the_same_matrix() -> None:
     linear = random_linear(10, 64, 32)
-    table = GroupInt4Embedding(linear.weight.data, linear.weight_scale)
+    table = GroupEmbedding(linear.weight.data, linear.weight_scale)
     ids = torch.tensor([[3, 0], [9, 3]])
     assert torch.equal(table(ids), linear.dequantize()[ids])
     assert table.num_weights == linear.num_weights == 640
@@ -106,3 +110,31 @@ def test_a_new_layer_is_zero_and_frozen() -> None:
     assert not linear.dequantize().any()
     assert not any(p.requires_grad for p in linear.parameters())
     assert dequantize_groups(linear.weight, linear.weight_scale, torch.float16).dtype == torch.float16
+
+
+def test_grouped_int8_is_its_values_times_their_scales_in_product_and_gradient() -> None:
+    torch.manual_seed(0)
+    linear = GroupInt8Linear(96, 5, bias=False, group_size=32)
+    values = torch.randint(-127, 128, (5, 96), dtype=torch.int8)
+    linear.weight.data, linear.weight_scale = values, (torch.rand(5, 3) / 100).half()
+    weight = values.float() * linear.weight_scale.float().repeat_interleave(32, dim=1)
+    torch.testing.assert_close(linear.dequantize(), weight)
+    x = torch.randn(2, 3, 96, requires_grad=True)
+    torch.testing.assert_close(linear(x), x @ weight.T)
+    grad = torch.randn(2, 3, 5)
+    (found,) = torch.autograd.grad(linear(x), x, grad)
+    torch.testing.assert_close(found, grad @ weight)
+
+
+def test_int8_without_a_group_that_fits_has_a_scale_per_row() -> None:
+    chosen = QuantizeSettings(bits=8)
+    assert pack_matrix(torch.randn(4, 96), 8, chosen, None).weight_scale.shape == (4, 3)
+    assert pack_matrix(torch.randn(4, 100), 8, chosen, None).weight_scale.shape == (4,)
+
+
+def test_groups_of_int8_lose_less_than_rows() -> None:
+    weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
+    grouped = pack_matrix(weight, 8, QuantizeSettings(bits=8, method="rtn"), None).dequantize()
+    stored, scale = quantize_rows(weight, 8)
+    per_row = dequantize_rows(stored, scale, 8)
+    assert (grouped - weight).square().mean() < 0.6 * (per_row - weight).square().mean()

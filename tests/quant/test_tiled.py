@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from pingjia.quant import Int4Linear, Int8Linear, count_weights, kernels, prepare_for_inference, quantize_model
 from pingjia.quant.convert import pack_tables
 from pingjia.quant.formats import PackedLinear
-from pingjia.quant.group import GroupInt4Linear, pack_groups
+from pingjia.quant.group import GroupInt4Linear, GroupInt8Linear, GroupLinear, pack_groups
 from pingjia.quant.rows import quantize_rows
 from pingjia.quant.tiled import Tiled, restore_plain
 
@@ -24,10 +24,11 @@ needs_kernels = pytest.mark.skipif(not kernels.available(), reason=f"no kernels:
 
 def layer(kind: type[PackedLinear]) -> PackedLinear:
     torch.manual_seed(0)
-    if kind is not GroupInt4Linear:
+    if not issubclass(kind, GroupLinear):
         return kind.of(nn.Linear(64, 20))
-    grouped = GroupInt4Linear(64, 20, group_size=32)
-    grouped.weight.copy_(pack_groups(torch.randint(-8, 8, (20, 64))))
+    grouped = kind(64, 20, group_size=32)
+    values = torch.randint(-8, 8, (20, 64))
+    grouped.weight.copy_(pack_groups(values) if kind.bits == 4 else 15 * values)
     grouped.weight_scale.copy_(torch.rand(20, 2))
     grouped.bias.copy_(torch.randn(20))
     return grouped
@@ -43,7 +44,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
 
 
-KINDS = pytest.mark.parametrize("kind", [Int4Linear, Int8Linear, GroupInt4Linear])
+KINDS = pytest.mark.parametrize("kind", [Int4Linear, Int8Linear, GroupInt4Linear, GroupInt8Linear])
 
 
 @needs_kernels
