@@ -18,7 +18,7 @@ from pingjia.types import ModelCard, Request, Sampling
 
 _LAYOUT = 1
 _NOT_IN_KEY = {"id", "trace", "adapter", "prompt_ids", "sampling"}
-"""Fields of a request: the id and the trace name it, the adapter is in the digests, the others are written on their own below."""
+"""Fields of a request: id and trace name it, the adapter is in the digests, the others are written below."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

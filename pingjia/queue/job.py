@@ -104,7 +104,7 @@ class End:
             return UpstreamFailed(self.message)
         if self.error == "overloaded":
             return Overloaded(self.message, retry_after_s=float(self.code or 1.0))
-        if self.kind == "expired":
+        if self.kind == "expired" or (self.kind == "abandoned" and not self.error):
             return Overloaded(self.message, retry_after_s=1.0)
         return EngineError(self.message)
 

@@ -71,6 +71,7 @@ class StreamQueue:
         self._patience_s = patience_s
         self._clock = clock
         self._redis = _client(url)
+        self._vital = _client(url)  # signs of life do not stand in line with what an overload asks
         self._source = files("pingjia.queue").joinpath("queue.lua").read_text(encoding="utf-8")
         self._sha = ""
         self._cards: tuple[WorkerCard, ...] = ()
@@ -100,7 +101,9 @@ class StreamQueue:
     async def beat(self, card: WorkerCard, claims: Sequence[Claim]) -> set[str]:
         held = [{"id": claim.job.id, "delivery": claim.delivery} for claim in claims]
         heard_ms = int(self.limits.heard_s * 1000)
-        lost = await self._step("beat", 0.0, worker=card.name, card=card.dump(), claims=held, heard_ms=heard_ms)
+        fields = {"worker": card.name, "card": card.dump(), "claims": held, "heard_ms": heard_ms}
+        arguments = json.dumps(fields, separators=(",", ":"))
+        lost: list[str] = json.loads(await self._ask(lambda: self._run("beat", arguments, self._vital), 0.0))
         return set(lost)
 
     async def publish(self, claim: Claim, seq: int, chunks: tuple[Chunk, ...]) -> bool:
@@ -141,7 +144,7 @@ class StreamQueue:
 
     async def alive(self, owner: str) -> None:
         key, lease_ms = f"{self._prefix}owner:{owner}", int(self.limits.lease_s * 1000)
-        await self._ask(lambda: self._redis.set(key, "1", px=lease_ms), 0.0)
+        await self._ask(lambda: self._vital.set(key, "1", px=lease_ms), 0.0)
 
     async def is_heard(self, owner: str) -> bool:
         return bool(await self._ask(lambda: self._redis.exists(f"{self._prefix}owner:{owner}"), 0.0))
@@ -156,6 +159,7 @@ class StreamQueue:
     async def close(self) -> None:
         await self._followers.close()
         await self._redis.aclose()
+        await self._vital.aclose()
 
     # ---- records
 
@@ -229,14 +233,15 @@ class StreamQueue:
         reply = await self._ask(lambda: self._run(operation, arguments), patience_s)
         return json.loads(reply) if isinstance(reply, str) else reply
 
-    async def _run(self, operation: str, arguments: str) -> Any:
+    async def _run(self, operation: str, arguments: str, redis: Redis | None = None) -> Any:
+        redis = redis or self._redis
         if not self._sha:
-            self._sha = await self._redis.script_load(self._source)
+            self._sha = await redis.script_load(self._source)
         try:
-            return await self._redis.evalsha(self._sha, 1, self._prefix, operation, arguments)
+            return await redis.evalsha(self._sha, 1, self._prefix, operation, arguments)
         except NoScriptError:  # the server was restarted
-            self._sha = await self._redis.script_load(self._source)
-            return await self._redis.evalsha(self._sha, 1, self._prefix, operation, arguments)
+            self._sha = await redis.script_load(self._source)
+            return await redis.evalsha(self._sha, 1, self._prefix, operation, arguments)
 
     async def _ask(self, ask: Callable[[], Any], patience_s: float) -> Any:
         """Ask, and again after growing pauses. Everything that is asked so can be asked twice."""

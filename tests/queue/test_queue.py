@@ -386,3 +386,25 @@ async def test_both_queues_hand_out_in_the_same_order(redis_server, job):
     assert stats[0].num_claimed == stats[1].num_claimed
     assert stats[0].ended == stats[1].ended
     await queues[1].close()
+
+
+async def test_signs_of_life_do_not_stand_in_line(redis_server):
+    """With every connection taken by others, the gateway's sign and the worker's still arrive."""
+    from pingjia.queue.streams import StreamQueue
+
+    queue = StreamQueue(redis_server.url, prefix="life:")
+    await queue.alive("g")
+    waiting = [asyncio.create_task(queue._redis.blpop(["life:nothing"], timeout=5)) for _ in range(40)]
+    await asyncio.sleep(0.2)
+    async with asyncio.timeout(2.0):
+        await queue.alive("g")
+        assert await queue.beat(card("w1", 4), []) == set()
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await queue.close()
+
+
+def test_whose_gateway_was_lost_may_ask_again():
+    assert isinstance(End("abandoned", "the gateway is gone").exception(), Overloaded)
+    assert not isinstance(End("abandoned", "not known", "engine").exception(), Overloaded)
