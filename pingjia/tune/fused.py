@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -67,6 +66,11 @@ def is_fused(module: nn.Module) -> bool:
 def is_fused_unit(module: nn.Module) -> bool:
     """Whether it is a gated unit that does."""
     return is_fused(module) and _is_gated_unit(module)
+
+
+def _like(x: Tensor) -> Tensor:
+    """An uninitialised tensor of this shape and format."""
+    return BUFFERS.empty(x.reshape(-1, x.shape[-1]), x.shape[-1]).view(x.shape)
 
 
 # ---- an adapted linear
@@ -143,7 +147,7 @@ class AdaptedProduct(torch.autograd.Function):
         silu_TM = None if gate_TM is None else _silu(gate_TM)
         grad_a_RM = None
         if ctx.needs_input_grad[4]:
-            h_TM = x_TM if silu_TM is None else torch.mul(silu_TM, x_TM, out=BUFFERS.empty(x_TM, x_TM.shape[1]))
+            h_TM = x_TM if silu_TM is None else torch.mul(silu_TM, x_TM, out=_like(x_TM))
             grad_a_RM = grad_inner_TR.T @ (h_TM if keep_TM is None else h_TM * keep_TM)
             del h_TM
         grad_x = grad_gate = None
@@ -249,9 +253,7 @@ def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
 
 
 def _silu(x: Tensor) -> Tensor:
-    if x.dim() != 2:
-        return F.silu(x)
-    result: Tensor = torch.ops.aten.silu.out(x, out=BUFFERS.empty(x, x.shape[1]))
+    result: Tensor = torch.ops.aten.silu.out(x, out=_like(x))
     return result
 
 
@@ -293,7 +295,3 @@ class RootMeanSquareNorm(torch.autograd.Function):
         slope = torch.mul(grad, weight, out=_like(x))
         share = torch.linalg.vecdot(slope, x).unsqueeze(-1).mul_(inverse.pow(3)).div_(-x.shape[-1])
         return slope.mul_(inverse).addcmul_(x, share), None, None
-
-
-def _like(x: Tensor) -> Tensor:
-    return BUFFERS.empty(x.reshape(-1, x.shape[-1]), x.shape[-1]).view(x.shape)

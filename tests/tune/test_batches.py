@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pingjia.tune.batches import BatchPlan, longest_micro, share_out
+from pingjia.tune.loop import max_micro_tokens
 from pingjia.tune.schedule import rate_factor
 
 EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True)
@@ -137,6 +141,13 @@ def test_so_many_micro_batches_that_tokens_are_few(lengths: list[int], size: int
 def test_rows_are_parted_by_tokens_only_when_there_are_many() -> None:
     assert share_out(range(3), [300, 300, 400], 8, max_tokens=1000) == [[0, 1, 2]]
     assert share_out(range(3), [300, 300, 401], 8, max_tokens=1000) == [[2], [0, 1]]
+
+
+@pytest.mark.parametrize(("device", "processes", "most"), [("cpu", 1, 1024), ("cpu", 2, None), ("meta", 1, None)])
+def test_only_one_process_on_a_cpu_parts_by_tokens(device: str, processes: int, most: int | None) -> None:
+    run: Any = SimpleNamespace(ranks=SimpleNamespace(size=processes), model=torch.nn.Module())
+    run.model.device = torch.device(device)
+    assert max_micro_tokens(run) == most
 
 
 def test_one_micro_batch_is_the_update_as_it_is() -> None:

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pingjia.models import family_of, load_model, use_packed_attention
-from pingjia.tune import fused
+from pingjia.tune import buffers, fused
 from pingjia.tune.fused import AdaptedProduct, AdaptedSum, GatedUnit, RootMeanSquareNorm, fuse, unfused
 from pingjia.tune.lora import add_adapter, resolve_targets
 from pingjia.tune.settings import TuneSettings
@@ -83,6 +83,32 @@ def test_loss_and_gradients_are_the_same(adapted: Adapted, changed: dict[str, An
 @pytest.mark.parametrize("base", ["chatglm", "chatglm2"])
 def test_of_chatglm_too(adapted: Adapted, base: str, request: pytest.FixtureRequest) -> None:
     assert_same(adapted(base=request.getfixturevalue(base)))
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"bits": 4}, {"base": "chatglm"}, {"base": "chatglm2"}, {"gradient_checkpointing": True}], ids=str
+)
+def test_where_every_matrix_lies_in_a_shared_block(
+    adapted: Adapted, changed: dict[str, Any], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a real network do. Four times over, so that blocks are used again; and none stays in use."""
+    monkeypatch.setattr(buffers, "LEAST_BYTES", 0)
+    monkeypatch.setattr(fused, "BUFFERS", buffers.Buffers())
+    changed = dict(changed)
+    checkpointing = changed.pop("gradient_checkpointing", False)
+    if "base" in changed:
+        changed["base"] = request.getfixturevalue(changed["base"])
+    model = adapted(**changed)
+    if checkpointing:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(model)
+    first, num_blocks = learn(model), fused.BUFFERS.num_free
+    for _ in range(2):
+        again = learn(model)
+        assert again[0] == first[0]
+        assert all(torch.equal(again[1][name], gradient) for name, gradient in first[1].items())
+    assert num_blocks > 2
+    assert fused.BUFFERS.num_free == num_blocks
 
 
 def test_with_checkpointed_activations(adapted: Adapted) -> None:
