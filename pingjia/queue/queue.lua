@@ -118,6 +118,14 @@ local function append(id, entry, ...)
   return type(done) == "string"
 end
 
+-- To the gateway that waits, with what there is to say, so that it need not ask; to everybody without one.
+local function tell(job, entry, chunks, tail)
+  local news = cjson.encode({ job.id, entry, chunks or cjson.null, tail or cjson.null })
+  if job.owner == "" or call("PUBLISH", key("news", job.owner), news) == 0 then
+    call("PUBLISH", key("news"), job.id)
+  end
+end
+
 local function finish(job, kind, tail, entry)
   if job.state == "waiting" then unwait(job) else let_go(job) end
   call("HSET", key("job", job.id), "state", "ended", "end", tail, "entry", "")
@@ -126,7 +134,7 @@ local function finish(job, kind, tail, entry)
   call("PEXPIRE", key("job", job.id), job.keep)
   call("PEXPIRE", key("answer", job.id), job.keep)
   call("HINCRBY", key("ended"), kind, 1)
-  call("PUBLISH", key("news"), job.id)
+  if entry == nil then call("PUBLISH", key("news"), job.id) end
 end
 
 local function tail_of(kind, message, err)
@@ -267,9 +275,10 @@ end
 function op.publish(a)
   local job = held(a)
   if not job then return 0 end
-  append(a.id, string.format("%d-%d", a.delivery, a.seq), "chunks", a.chunks)
+  local entry = string.format("%d-%d", a.delivery, a.seq)
+  append(a.id, entry, "chunks", a.chunks)
   if a.seq == 1 then call("PEXPIRE", key("answer", a.id), math.max(0, job.deadline - now) + job.keep) end
-  call("PUBLISH", key("news"), a.id)
+  tell(job, entry, a.chunks)
   return 1
 end
 
@@ -277,8 +286,10 @@ function op.finish(a)
   local job = held(a)
   if not job then return 0 end
   charge_job(job, a.spent - job.cost)
-  append(a.id, string.format("%d-%d", a.delivery, a.seq), "chunks", a.chunks, "end", a.tail)
-  finish(job, a.kind, a.tail, true)
+  local entry = string.format("%d-%d", a.delivery, a.seq)
+  append(a.id, entry, "chunks", a.chunks, "end", a.tail)
+  finish(job, a.kind, a.tail, entry)
+  tell(job, entry, a.chunks, a.tail)
   return 1
 end
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from importlib.resources import files
 from time import monotonic
@@ -47,6 +48,7 @@ _BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 _GATHER_S = 0.005  # notices that come one upon another are followed together
 _SWEEP_S = 1.0  # followers look by themselves this often, should a notice be lost
 _MAX_CONNECTIONS = 32
+_MAX_EXPECTED = 10_000
 
 
 class StreamQueue:
@@ -87,6 +89,7 @@ class StreamQueue:
             return
         self._gate.check(load, wish_of(fresh), self._clock())
         rows = [_row(job) for job in fresh]
+        await self._followers.expect([job.id for job in fresh if job.owner])
         limits = {"max_requests": self.limits.max_requests, "max_units": self.limits.max_units}
         if not await self._step("submit", self._patience_s, jobs=rows, **limits):
             raise Overloaded("the queue has just been filled; come back in 1 s", retry_after_s=1.0)
@@ -124,7 +127,7 @@ class StreamQueue:
         return bool(await self._step("cancel", self._patience_s, id=job_id, tail=tail))
 
     async def follow(self, job_id: str) -> AsyncIterator[Part]:
-        if await self.status(job_id) is None:
+        if not self._followers.is_expected(job_id) and await self.status(job_id) is None:
             yield Part(0, 0, (), End("abandoned", "this request is not known (any more)", "engine"))
             return
         async with self._followers.of(job_id) as parts:
@@ -143,6 +146,7 @@ class StreamQueue:
         return JobStatus(state, tenant, int(deaths), load_end(end) if end else None)
 
     async def alive(self, owner: str) -> None:
+        self._followers.owners.add(owner)
         key, lease_ms = f"{self._prefix}owner:{owner}", int(self.limits.lease_s * 1000)
         await self._ask(lambda: self._vital.set(key, "1", px=lease_ms), 0.0)
 
@@ -257,26 +261,48 @@ class StreamQueue:
 
 
 class _Followers:
-    """Reads the answers of all who follow one with two connections: notices of news, and the parts they announce."""
+    """Reads the answers of all who follow one with two connections: news, and the parts that news did not bring.
+
+    News of a gateway's own requests hold the part itself; it is taken if it is the next one, and else read like all
+    others. `owners`: the gateways this is; those known before the first follower are listened for.
+    """
 
     def __init__(self, redis: Redis, prefix: str) -> None:
+        self.owners: set[str] = set()
         self._redis = redis
         self._prefix = prefix
         self._queues: dict[str, list[asyncio.Queue[Part]]] = {}
         self._read: dict[asyncio.Queue[Part], str] = {}
         self._dirty: set[str] = set()
+        self._expected: OrderedDict[str, list[_News]] = OrderedDict()
         self._wake = asyncio.Event()
+        self._is_listening = False
         self._tasks: list[asyncio.Task[None]] = []
+
+    async def expect(self, job_ids: Sequence[str]) -> None:
+        """These will be submitted and followed: what is heard of them meanwhile is kept."""
+        self._start()
+        for job_id in job_ids if self._is_listening else ():
+            self._expected[job_id] = []
+            if len(self._expected) > _MAX_EXPECTED:  # of clients that left in between
+                self._expected.popitem(last=False)
+
+    def is_expected(self, job_id: str) -> bool:
+        """Whether it was submitted from here, and nothing that was said of it since can have been missed."""
+        return job_id in self._expected
 
     @contextlib.asynccontextmanager
     async def of(self, job_id: str) -> AsyncIterator[asyncio.Queue[Part]]:
         """The parts of one answer, from its first."""
-        if not self._tasks:
-            self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._read_always())]
+        self._start()
         own: asyncio.Queue[Part] = asyncio.Queue()
         self._queues.setdefault(job_id, []).append(own)
         self._read[own] = "0-0"
-        self._mark(job_id)
+        heard = self._expected.pop(job_id, None)
+        if heard is None:
+            self._mark(job_id)
+        for news in heard or ():
+            self._take(job_id, news)
         try:
             yield own
         finally:
@@ -285,28 +311,55 @@ class _Followers:
             if not self._queues[job_id]:
                 del self._queues[job_id]
 
+    def _start(self) -> None:
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._read_always())]
+
     async def close(self) -> None:
-        """End both tasks."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
+        """End both tasks. Once is not enough: the client takes a cancellation while it connects for a lost server."""
+        tasks, self._tasks = self._tasks, []
+        while tasks:
+            for task in tasks:
+                task.cancel()
+            _, left = await asyncio.wait(tasks, timeout=0.1)
+            tasks = list(left)
 
     def _mark(self, *job_ids: str) -> None:
         self._dirty.update(job_ids)
         self._wake.set()
 
     async def _listen(self) -> None:
+        channels = [f"{self._prefix}news", *(f"{self._prefix}news:{owner}" for owner in sorted(self.owners))]
         while True:
             try:
-                async with self._redis.pubsub(ignore_subscribe_messages=True) as notices:
-                    await notices.subscribe(f"{self._prefix}news")
-                    self._mark(*self._queues)  # what came before we listened
+                async with self._redis.pubsub() as notices:
+                    await notices.subscribe(*channels)
                     async for notice in notices.listen():
-                        if notice["data"] in self._queues:
-                            self._mark(notice["data"])
+                        if notice["type"] == "message":
+                            self._hear(notice["data"])
+                        elif notice["channel"] == channels[-1]:
+                            self._mark(*self._queues)  # what came before we listened
+                            self._is_listening = True
             except _LOST:
+                self._is_listening = False
+                self._expected.clear()
                 await asyncio.sleep(_BACKOFF_S[2])
+
+    def _hear(self, text: str) -> None:
+        """The id of a request; or that, the number of a part, and the part."""
+        job_id, news = (text, None) if text[:1] != "[" else _news_of(text)
+        if job_id in self._queues:
+            self._take(job_id, news)
+        elif job_id in self._expected:
+            self._expected[job_id].append(news)
+
+    def _take(self, job_id: str, news: _News) -> None:
+        for own in self._queues[job_id]:
+            if news is not None and _is_next(self._read[own], news[0]):
+                self._read[own] = news[0]
+                own.put_nowait(news[1])
+            else:
+                self._mark(job_id)
 
     async def _read_always(self) -> None:
         read_at = -1e9
@@ -338,7 +391,7 @@ class _Followers:
             replies = await pipe.execute()
         for (_, own), entries in zip(followers, replies, strict=True):
             for number, fields in entries:
-                if own in self._read:
+                if own in self._read and _order(number) > _order(self._read[own]):
                     self._read[own] = number
                     own.put_nowait(_part(number, fields))
 
@@ -347,6 +400,27 @@ def _part(number: str, fields: dict[str, str]) -> Part:
     delivery, _, seq = number.partition("-")
     chunks = load_chunks(fields["chunks"]) if "chunks" in fields else ()
     return Part(int(delivery), int(seq), chunks, load_end(fields["end"]) if "end" in fields else None)
+
+
+_News = tuple[str, Part] | None
+"""The number of a part in its answer, and the part; None: something is to be read."""
+
+
+def _news_of(text: str) -> tuple[str, _News]:
+    job_id, number, chunks, end = json.loads(text)
+    fields = {name: value for name, value in (("chunks", chunks), ("end", end)) if value is not None}
+    return job_id, (number, _part(number, fields))
+
+
+def _order(number: str) -> tuple[int, int]:
+    delivery, _, seq = number.partition("-")
+    return int(delivery), int(seq)
+
+
+def _is_next(read: str, number: str) -> bool:
+    """Whether nothing can lie between these two. Also the first part is known by its number."""
+    delivery, seq = _order(number)
+    return (delivery, seq) == (1, 1) if read == "0-0" else (delivery, seq - 1) == _order(read)
 
 
 def _row(job: Job) -> dict[str, Any]:
