@@ -15,9 +15,10 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np  # only an encoder in use needs it
 
 log = logging.getLogger("pingjia.gateway")
 
@@ -110,6 +111,8 @@ class ChildEncoder:
         process.stdin.write(json.dumps(list(texts)).encode() + b"\n")
         await process.stdin.drain()
         told = await _read(process)
+        import numpy as np
+
         flat = np.frombuffer(base64.b64decode(told["vectors"]), np.float32)
         return Meanings(flat.reshape(len(texts), told["size"]), tuple(told["unknown"]))
 
