@@ -20,6 +20,10 @@ Found = tuple[str, tuple[ToolCall, ...]]
 
 _CALL_KEYS = frozenset(("name", "arguments", "parameters", "id", "type"))
 _TAG = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+_FUNCTION = re.compile(r"\s*<function=([^>\s]+)>(.*?)(?:</function>)?\s*", re.DOTALL)  # Qwen3-Coder
+_PARAMETER = re.compile(r"\s*<parameter=([^>]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_PLAIN_NAME = re.compile(r"\s*([^<\s]+)[ \t]*\n?(.*)", re.DOTALL)  # GLM-4.5
+_KEY_VALUE = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
 _HEADS = ("<|python_tag|>", "[TOOL_CALLS]")  # before the JSON of Llama 3 and Mistral, where it is decoded as text
 _FENCE, _FENCE_END = "```python\n", "\n```"
 _DECODER = json.JSONDecoder()
@@ -31,14 +35,15 @@ def parse_tool_calls(text: str, names: Collection[str] = ()) -> Found:
 
     Read are: lines of JSON {"name", "arguments"} at the end (the plain form of this house); an answer that is nothing
     but such objects, or a list of them, however they are broken into lines, separated by white space or semicolons,
-    with "arguments" or "parameters" (Llama 3); <tool_call>JSON</tool_call> (Qwen); a name and then
+    with "arguments" or "parameters" (Llama 3); <tool_call>JSON</tool_call> (Qwen), with tags inside instead of JSON
+    (Qwen3-Coder, GLM-4.5; a value that is JSON is read as that, every other one as text); a name and then
     ```python tool_call(...)``` (ChatGLM3); and a line that ends with one of `names`, then a JSON object (GLM-4).
 
     Never raises. What is no whole call stays text, and an answer without calls comes back as it is. Calls have no id:
     these forms do not write one.
     """
     readers: tuple[Callable[[str], Found | None], ...] = (
-        _tagged,
+        lambda answer: _tagged(answer, names),
         _whole,
         _lines,
         _python,
@@ -86,12 +91,34 @@ def _python_literal(value: Any) -> str:
 # ---- JSON
 
 
-def _tagged(text: str) -> Found | None:
+def _tagged(text: str, names: Collection[str]) -> Found | None:
     """<tool_call> blocks; None unless each holds one call."""
-    calls = [call for block in _TAG.findall(text) for call in [_call_of(block)]]
+    calls = [_call_of(m[1]) or _call_in_tags(m, names) for m in _TAG.finditer(text)]
     if not calls or None in calls:
         return None
     return _TAG.sub("", text).strip(), tuple(call for call in calls if call)
+
+
+def _call_in_tags(block: re.Match[str], names: Collection[str]) -> ToolCall | None:
+    """A call whose arguments have tags of their own. Cut off it could pass for a whole one: its end must be there."""
+    if not block[0].endswith("</tool_call>"):
+        return None
+    for head, argument in ((_FUNCTION, _PARAMETER), (_PLAIN_NAME, _KEY_VALUE)):
+        found = head.fullmatch(block[1])
+        if not found or argument.sub("", found[2]).strip():
+            continue
+        arguments = {key.strip(): _value(value) for key, value in argument.findall(found[2])}
+        if arguments or head is _FUNCTION or found[1] in names:  # a lone word is a call only of a known tool
+            return _made(found[1], arguments)
+    return None
+
+
+def _value(text: str) -> Any:
+    """What a tag holds: JSON where it is that, else the text itself."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _whole(text: str) -> Found | None:

@@ -152,3 +152,33 @@ def test_a_call_that_is_cut_off_in_its_tag_is_found_when_it_is_whole() -> None:
 @pytest.mark.parametrize("arguments", [{"a": 1}, '{"a": 1}', '{"a":1}'])
 def test_arguments_may_be_an_object_or_its_text(arguments: Any) -> None:
     assert parse_tool_calls(json.dumps({"id": "c1", "name": "f", "arguments": arguments})) == ("", (F,))
+
+
+def test_calls_whose_arguments_have_tags_of_their_own() -> None:
+    qwen = (
+        "我查一下。\n<tool_call>\n<function=get_weather>\n<parameter=city>\n北京\n</parameter>\n"
+        "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>"
+    )
+    wanted = ToolCall("get_weather", canonical({"city": "北京", "days": 3}))
+    assert parse_tool_calls(qwen) == ("我查一下。", (wanted,))
+    glm = (
+        "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>北京</arg_value>\n"
+        "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"
+    )
+    assert parse_tool_calls(glm) == ("", (wanted,))
+    two = f"{glm}\n{glm}"
+    assert parse_tool_calls(two)[1] == (wanted, wanted)
+    assert parse_tool_calls("<tool_call>get_time</tool_call>", {"get_time"}) == ("", (ToolCall("get_time", "{}"),))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>get_time</tool_call>",  # no known tool: a word
+        "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>北京</arg_value>\n<arg_key>da",
+        "<tool_call><function=f><parameter=a>1</parameter>",
+        "<tool_call><function=f>some words</function></tool_call>",
+    ],
+)
+def test_tags_that_are_no_whole_call_stay_text(text: str) -> None:
+    assert parse_tool_calls(text) == (text, ())
