@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pingjia.data.settings import DataSettings
 from pingjia.errors import TrainingError
 from pingjia.models.settings import ModelSettings
 from pingjia.tune import train
 from pingjia.tune.batches import share_of_process
+from pingjia.tune.distributed import messages_of
 from pingjia.tune.journal import StepLog, read_log
 from pingjia.tune.launch import Layout, free_port, launch
 from pingjia.tune.settings import TuneSettings
@@ -165,9 +168,19 @@ def test_processes_share_the_rows_of_an_update_between_them() -> None:
             assert all(len(micro) == 1 for part in parts for micro, is_idle in part if is_idle)
 
 
+@given(sizes=st.lists(st.integers(0, 9), max_size=6), room=st.integers(1, 7))
+def test_messages_hold_every_number_once_in_order(sizes: list[int], room: int) -> None:
+    flat = torch.arange(sum(sizes))
+    messages = list(messages_of(flat.split(sizes) if sizes else [], room))
+    assert [sum(piece.numel() for piece in pieces) for pieces in messages[:-1]] == [room] * (len(messages) - 1)
+    assert all(pieces and all(piece.numel() for piece in pieces) for pieces in messages)
+    assert torch.equal(torch.cat([piece for pieces in messages for piece in pieces] or [flat[:0]]), flat)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"strategy": "ddp"}, "needs its processes"),
         ({"strategy": "fsdp2"}, "needs its processes"),
         ({"strategy": "zero3"}, "needs its processes"),
     ],
@@ -197,3 +210,5 @@ def test_what_processes_cannot_do_is_refused(
     if HAS_DEEPSPEED:
         with pytest.raises(TrainingError, match=r"phases: DeepSpeed .*strategy=fsdp2"):
             in_one_process(job, tmp_path / "out", phases=[{"target": "ffn"}], distributed={"strategy": "zero3"})
+        with pytest.raises(TrainingError, match=r"memory_limit_gb: DeepSpeed .*nor an update be broken off"):
+            in_one_process(job, tmp_path / "out", memory_limit_gb=4, distributed={"strategy": "zero3"})

@@ -15,7 +15,7 @@ import yaml
 
 from pingjia.cli.schema import load_recipe, save_recipe
 from pingjia.errors import TrainingError
-from pingjia.tune.launch import Layout, launch, layout_of, read_hostfile
+from pingjia.tune.launch import LOST, Layout, launch, layout_of, read_hostfile
 from pingjia.tune.settings import DistributedSettings
 
 REPO = Path(__file__).resolve().parents[2]
@@ -65,6 +65,10 @@ def test_every_process_gets_its_place(tmp_path: Path) -> None:
             # The others only lost their peer, whatever they say and however soon.
             "if rank == 2: sys.exit(print('error: the cause', file=sys.stderr) or 2)\nos.abort()",
             "process 2 of 3: the cause",
+        ),
+        (
+            f"if rank == 2: raise ValueError('the cause')\nsys.exit(print('error: {LOST}', file=sys.stderr) or 2)",
+            "process 2 of 3: .*ValueError: the cause",
         ),
     ],
 )
