@@ -31,7 +31,7 @@ def quantize(
     model: Annotated[str, typer.Argument(help="Model directory, .gguf file, or packaged name; in floats.")],
     out: Annotated[Path, typer.Option("--out", help="Directory to create.")],
     bits: Annotated[int, typer.Option(help="4 (a scale per group) or 8 (a scale per row).")] = 4,
-    group_size: Annotated[int, typer.Option(help="Columns that share a scale with 4 bits: 32, 64 or 128.")] = 64,
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale: 32, 64 or 128.")] = 64,
     method: Annotated[str, typer.Option(help="gptq (calibrated) or rtn (to the nearest value; quick).")] = "gptq",
     head_bits: Annotated[int, typer.Option(help="Bits of embedding and head: 4, 8, or 16 to leave them.")] = 8,
     calibration: Annotated[
