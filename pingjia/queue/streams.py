@@ -201,7 +201,7 @@ class StreamQueue:
     async def _claim_now(self, worker: str, num: int) -> list[Claim]:
         rows = await self._step(
             "claim",
-            0.0,  # not asked twice: what is handed out with the first answer lost would wait for its lease
+            None,  # not asked twice: what is handed out with the first answer lost would wait for its lease
             worker=worker,
             num=num,
             lease_ms=int(self.limits.lease_s * 1000),
@@ -232,7 +232,7 @@ class StreamQueue:
     async def _of(self, operation: str, claim: Claim, **fields: Any) -> Any:
         return await self._step(operation, self.limits.lease_s, id=claim.job.id, delivery=claim.delivery, **fields)
 
-    async def _step(self, operation: str, patience_s: float, **fields: Any) -> Any:
+    async def _step(self, operation: str, patience_s: float | None, **fields: Any) -> Any:
         arguments = json.dumps(fields, separators=(",", ":"))
         reply = await self._ask(lambda: self._run(operation, arguments), patience_s)
         return json.loads(reply) if isinstance(reply, str) else reply
@@ -247,17 +247,28 @@ class StreamQueue:
             self._sha = await redis.script_load(self._source)
             return await redis.evalsha(self._sha, 1, self._prefix, operation, arguments)
 
-    async def _ask(self, ask: Callable[[], Any], patience_s: float) -> Any:
-        """Ask, and again after growing pauses. Everything that is asked so can be asked twice."""
-        until = self._clock() + patience_s
+    async def _ask(self, ask: Callable[[], Any], patience_s: float | None) -> Any:
+        """Ask, and again after growing pauses; None: once. Everything that is asked so can be asked twice.
+
+        The first time at once, on a new connection: one that lay idle may have ended with a server that is back.
+        """
+        until = self._clock() + (patience_s or 0.0)
         for attempt in range(1_000_000):
             try:
                 return await ask()
             except _LOST as e:
+                if attempt == 0 and patience_s is not None and not isinstance(e, TimeoutError):
+                    await self._drop_idle()
+                    continue
                 pause_s = _BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)]
                 if self._clock() + pause_s > until:
                     raise _lost(e) from e
                 await asyncio.sleep(pause_s)
+
+    async def _drop_idle(self) -> None:
+        for redis in (self._redis, self._vital):
+            with contextlib.suppress(*_LOST):
+                await redis.connection_pool.disconnect(inuse_connections=False)
 
 
 class _Followers:
