@@ -32,6 +32,7 @@ from pingjia.cost.prices import Prices, resolve
 from pingjia.errors import DataError, UserError
 
 MIN_HELD_OUT = 4
+_WIDTH = 130  # of tables, also where output goes to a file
 _WAYS = {  # what each way to serve is, in words
     "base": "the base, untrained",
     "full": "full fine-tuning, fp32",
@@ -284,10 +285,10 @@ def print_outcome(outcome: Outcome) -> None:
         f"measured here, to held-out loss {outcome.loss:.4f} ({outcome.num_held_out} rows); {outcome.prices.source}",
         markup=False,
     )
-    console.print(_arms_table(outcome.rows, currency))
+    console.print(_arms_table(outcome.rows, currency), width=_WIDTH, crop=False)
     if outcome.servings:
         console.print("\nmeasured here: where the time of an answer goes", markup=False)
-        console.print(_serving_table(outcome.servings))
+        console.print(_serving_table(outcome.servings), width=_WIDTH, crop=False)
     console.print("\nwhat was claimed, and what was measured")
     for claim in outcome.claims:
         console.print(f"  {claim.claim}: {claim.measured or 'not measured'}\n    {claim.why}", markup=False)
@@ -314,6 +315,7 @@ def _arms_table(rows: Sequence[Row], currency: str) -> Table:
         table.add_row(
             f"  {row.arm}",
             f"{row.rate:g}",
+            f"{row.best_loss:.3f}",
             "-" if point is None else f"{point.updates:.1f}",
             "-" if point is None else f"{point.seconds / 3600:.4f}",
             megabytes(row.stored_bytes),
@@ -361,6 +363,6 @@ def _print_elsewhere(report: Mapping[str, Any], currency: str) -> None:
             f"{arm['ms_per_token']:.1f} ms",
             "-" if arm["money"] is None else f"{arm['money']:.4f}",
         )
-    console.print(table)
+    console.print(table, width=_WIDTH, crop=False)
     for name, formula in report["formulas"].items():
         console.print(f"    {name}: {formula}", markup=False)
