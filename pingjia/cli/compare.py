@@ -6,6 +6,7 @@ estimated for another machine is printed, and kept, apart.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 import pingjia
@@ -285,14 +287,21 @@ def print_outcome(outcome: Outcome) -> None:
         f"measured here, to held-out loss {outcome.loss:.4f} ({outcome.num_held_out} rows); {outcome.prices.source}",
         markup=False,
     )
-    console.print(_arms_table(outcome.rows, currency), width=_WIDTH, crop=False)
+    _show(_arms_table(outcome.rows, currency))
     if outcome.servings:
         console.print("\nmeasured here: where the time of an answer goes", markup=False)
-        console.print(_serving_table(outcome.servings), width=_WIDTH, crop=False)
+        _show(_serving_table(outcome.servings))
     console.print("\nwhat was claimed, and what was measured")
     for claim in outcome.claims:
         console.print(f"  {claim.claim}: {claim.measured or 'not measured'}\n    {claim.why}", markup=False)
     _print_elsewhere(outcome.elsewhere, currency)
+
+
+def _show(table: Table) -> None:
+    """In its own width: a figure that is cut or broken over two lines is misread."""
+    text = io.StringIO()
+    Console(file=text, width=_WIDTH, highlight=False).print(table)
+    console.print("\n".join(line.rstrip() for line in text.getvalue().splitlines()), markup=False)
 
 
 def _arms_table(rows: Sequence[Row], currency: str) -> Table:
@@ -363,6 +372,6 @@ def _print_elsewhere(report: Mapping[str, Any], currency: str) -> None:
             f"{arm['ms_per_token']:.1f} ms",
             "-" if arm["money"] is None else f"{arm['money']:.4f}",
         )
-    console.print(table, width=_WIDTH, crop=False)
+    _show(table)
     for name, formula in report["formulas"].items():
         console.print(f"    {name}: {formula}", markup=False)
