@@ -309,6 +309,7 @@ def _arms_table(rows: Sequence[Row], currency: str) -> Table:
     names = (
         "  arm",
         "rate",
+        "best loss",
         "updates",
         "training hours",
         "to keep",
