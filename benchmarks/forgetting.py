@@ -96,7 +96,8 @@ class Arm:
         code, words = train(recipe)
         self.seconds += time.perf_counter() - started
         if code == 2 and "not promoted" in words:
-            self.blocked.append({"stage": task, "why": words[words.rindex("not promoted") :].strip()})
+            others = [each for each in self.blocked if each["stage"] != task]
+            self.blocked = [*others, {"stage": task, "why": words[words.rindex("error: not promoted") :].strip()}]
             self._noted.write_text(json.dumps(self.blocked, ensure_ascii=False), encoding="utf-8")
             recipe["continual"]["min_retention"] = 0.0
             code, words = train(recipe)
