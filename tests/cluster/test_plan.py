@@ -84,7 +84,7 @@ def test_formula_and_simulation_agree_at_ten_thousand_replicas():
     machine = Machine(100.0, 2, 400.0)
     traffic = traffic_of(busy, num, machine)
     outcome = Simulation(Fleet(machine, [1.0] * num), LeastLoaded([1.0] * num)).run(
-        poisson(traffic, 200_000, 1), skip=100_000
+        poisson(traffic, 60_000, 1), skip=30_000
     )
     assert waiting_in_pool(num, traffic, machine, "least").mean_s < 1e-6
     assert outcome.waits_s.mean() < 1e-6
