@@ -18,6 +18,7 @@ import torch
 
 from pingjia.quant.clip import HIGH, LOW, divisor, group_scale, largest_scale, nearest_scale, row_scale
 from pingjia.quant.rounding import is_compiled, round_block
+from pingjia.quant.rows import row_blocks
 
 _INT8_BLOCK = 128
 _LIMITS = {4: (LOW, HIGH), 8: (-127, 127)}
@@ -33,10 +34,12 @@ def round_groups(
     Values are -8..7 with 4 bits and -127..127 with 8. `root_MM` None rounds every weight to its nearest value.
     Otherwise a group's scale is chosen for what its columns should be by then, errors of earlier columns made up for.
     """
+    if root_MM is None:
+        return _groups_to_nearest(weight_NM, group_size, bits)
     scales_NG = weight_NM.new_empty(weight_NM.shape[0], weight_NM.shape[1] // group_size, dtype=torch.float16)
 
     def scales(columns: slice, target_BN: torch.Tensor, importance_B: torch.Tensor) -> torch.Tensor:
-        scale_N = _scale(target_BN, None if root_MM is None else importance_B, bits)
+        scale_N = _scale(target_BN, importance_B, bits)
         scales_NG[:, columns.start // group_size] = scale_N.half()
         return scale_N
 
@@ -44,11 +47,26 @@ def round_groups(
     return values_NM, scales_NG, error_NM
 
 
-def _scale(target_BN: torch.Tensor, importance_B: torch.Tensor | None, bits: int) -> torch.Tensor:
+def _groups_to_nearest(weight_NM: torch.Tensor, group_size: int, bits: int) -> tuple[torch.Tensor, ...]:
+    """About 1 MB of rows at a time: they stay in the cache from the search for a scale to the error."""
+    values_NM, error_NM = (
+        torch.empty_like(weight_NM, dtype=torch.int8),
+        torch.empty_like(weight_NM, dtype=torch.float32),
+    )
+    scales = []
+    for rows in row_blocks(*weight_NM.shape):
+        weight_CG = weight_NM[rows].float().reshape(-1, group_size)  # every group a row
+        scale_C = largest_scale(weight_CG.T) if bits == 8 else nearest_scale(weight_CG.T)
+        values_CG = (weight_CG / divisor(scale_C)[:, None]).round_().clamp_(*_LIMITS[bits])
+        values_NM[rows] = values_CG.view(-1, weight_NM.shape[1]).to(torch.int8)
+        error_NM[rows] = (weight_CG - values_CG * scale_C[:, None]).view(-1, weight_NM.shape[1])
+        scales.append(scale_C.half().view(-1, weight_NM.shape[1] // group_size))
+    return values_NM, torch.cat(scales), error_NM
+
+
+def _scale(target_BN: torch.Tensor, importance_B: torch.Tensor, bits: int) -> torch.Tensor:
     """[N] float32, exact in float16, for one group. With 8 bits cutting off the largest weights gains nothing."""
-    if bits == 8:
-        return largest_scale(target_BN)
-    return nearest_scale(target_BN) if importance_B is None else group_scale(target_BN, importance_B)
+    return largest_scale(target_BN) if bits == 8 else group_scale(target_BN, importance_B)
 
 
 def round_groups_in_order(
