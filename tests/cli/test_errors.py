@@ -330,7 +330,8 @@ def test_without_debug_there_is_no_traceback() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-VERBS = [[], ["run"], ["train"], ["eval"], ["quality"], ["exam"], ["serve"], ["chat"], ["export"], ["doctor"], ["env"], ["version"],
+VERBS = [[], ["run"], ["train"], ["eval"], ["quality"], ["exam"], ["serve"], ["chat"], ["export"],
+         ["doctor"], ["env"], ["version"],
          ["data"], ["data", "check"], ["data", "prepare"], ["data", "tokenizer"],
          ["cost"], ["cost", "report"], ["cost", "compare"], ["cost", "estimate"], ["quantize"], ["gateway"], ["worker"],
          ["keys"], ["keys", "create"], ["keys", "list"], ["keys", "revoke"], ["keys", "show-usage"],
