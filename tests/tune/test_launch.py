@@ -15,6 +15,7 @@ import yaml
 
 from pingjia.cli.schema import load_recipe, save_recipe
 from pingjia.errors import TrainingError
+from pingjia.tune import launch as module
 from pingjia.tune.launch import LOST, Layout, launch, layout_of, read_hostfile
 from pingjia.tune.settings import DistributedSettings
 
@@ -111,6 +112,18 @@ def test_a_killed_launcher_leaves_no_process_behind(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     assert wait_for(lambda: not any(is_alive(pid) for pid in pids(tmp_path)))
+
+
+def test_the_buffers_of_its_processes_are_removed_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SHARED_MEMORY", tmp_path)
+    layout = Layout(2, 0, 2, "127.0.0.1", 41000)
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_"
+    for rest in ("41000_0", "41000_1", "41001_0", "4100_0"):
+        (tmp_path / f"{name}{rest}").touch()
+    assert launch([sys.executable, "-c", ""], layout) == 0
+    assert {path.name.removeprefix(name) for path in tmp_path.iterdir()} == {"41001_0", "4100_0"}
 
 
 def test_the_hostfile_says_who_runs_what(tmp_path: Path) -> None:
