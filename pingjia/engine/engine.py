@@ -15,8 +15,8 @@ import time
 from array import array
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import aclosing
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from pingjia.engine.grammar import DeadEnd, Grammars
 from pingjia.engine.kv import LayerShape, free_bytes
 from pingjia.engine.likelihood import as_ids, groups, likelihoods_of
 from pingjia.engine.limits import Limits, resolve
+from pingjia.engine.live import Live, Outcome, Rows, drafts_in_place
 from pingjia.engine.pages import PageAllocator
 from pingjia.engine.prompts import Prompts, as_requests
 from pingjia.engine.runner import probe
@@ -50,60 +51,6 @@ _log = logging.getLogger(__name__)
 # Guesses fill a step up to so many rows, in which reading the weights still takes most of the time; with more answers
 # than this the few guesses left for each brought nothing.
 _CHEAP_ROWS, _MOST_GUESSING = 16, 4
-
-
-@dataclass(slots=True)
-class _Live:
-    """An accepted request that has not ended."""
-
-    request: Request
-    sequence: sequences.Sequence
-    sampler: Sampler
-    answer: Answer
-    drafter: Drafter | None = None
-    is_counted: bool = False
-
-    @property
-    def num_cached(self) -> int:
-        return self.sequence.num_cached or 0
-
-
-@dataclass(slots=True)
-class _Outcome:
-    """What one step came to. `said`: every new token, those of followers included. `broken`: who failed, and why."""
-
-    done: list[tuple[Slice, list[int]]] = field(default_factory=list)
-    said: list[tuple[_Live, Pick]] = field(default_factory=list)
-    broken: list[tuple[_Live, str]] = field(default_factory=list)
-
-
-class _Rows:
-    """The rows of logits of a step: which are whose, which are sound, and where each is largest."""
-
-    def __init__(self, plan: list[Slice], sound: list[bool], best: list[int]) -> None:
-        ends = itertools.accumulate(piece.num_outputs for piece in plan)
-        self.first = {piece: end - piece.num_outputs for piece, end in zip(plan, ends, strict=True)}
-        self.best = best
-        self._sound = sound
-
-    def is_sound(self, piece: Slice) -> bool:
-        return all(self._sound[self.first[piece] : self.first[piece] + piece.num_outputs])
-
-    def chosen(self, piece: Slice) -> list[int]:
-        return self.best[self.first[piece] : self.first[piece] + piece.num_outputs]
-
-
-@contextmanager
-def _drafts_in_place(plan: list[Slice]) -> Iterator[None]:
-    """Put the drafts that a plan tries at the end of their sequences, for as long as the network reads them."""
-    for piece in plan:
-        piece.sequence.tokens += piece.sequence.drafts[: piece.num_drafts]
-    try:
-        yield
-    finally:
-        for piece in plan:
-            if piece.num_drafts:
-                del piece.sequence.tokens[-piece.num_drafts :]
 
 
 class Default(Enum):
@@ -153,7 +100,7 @@ class Engine:
         self._grammars = Grammars(self.tokenizer, self._vocab_size)
         self._runner = backend.runner(self._pool, self._served.rows)
         self._seeds = random.Random(settings.seed)  # noqa: S311  not a secret
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
         self._boxes: dict[str, Box] = {}
         self._outbox: list[News] = []
         self._arrivals = itertools.count()
@@ -357,7 +304,7 @@ class Engine:
                 prefix_len=self._prefix_len(prompt_ids),
                 adapter=digest,
             )
-            live = _Live(request, sequence, *self._sayer(request))
+            live = Live(request, sequence, *self._sayer(request))
             if self._looks_up and live.sampler.is_argmax and request.sampling.logprobs is None:
                 live.drafter = Drafter()
             self._live[request.id] = live
@@ -463,13 +410,13 @@ class Engine:
                 sequence.drafts = live.drafter.propose(sequence.tokens, min(room, left))
 
     @torch.inference_mode()
-    def _compute(self, plan: list[Slice]) -> _Outcome:
+    def _compute(self, plan: list[Slice]) -> Outcome:
         """Run the plan and choose tokens; tell the slices that went well from those that did not."""
         try:
             self._pool.copy(self._scheduler.copies())
-            with _drafts_in_place(plan):
+            with drafts_in_place(plan):
                 logits = self._runner.run(plan)
-            rows = _Rows(plan, *self._runner.judge(logits))
+            rows = Rows(plan, *self._runner.judge(logits))
             plain = [piece for piece in plan if rows.is_sound(piece) and not piece.num_drafts]
             speakers = [(rows.first[piece], live) for piece in plain for live in self._speakers(piece)]
             indices = [row for row, _ in speakers]
@@ -478,18 +425,16 @@ class Engine:
         except Exception as e:  # whatever a network, a kernel or the allocator raises must not end the engine
             _log.exception("a step of %d requests failed", len(plan))
             why = f"the engine failed: {type(e).__name__}: {_first_line(e)}"
-            return _Outcome(broken=[(self._live[piece.sequence.id], why) for piece in plan])
+            return Outcome(broken=[(self._live[piece.sequence.id], why) for piece in plan])
         return self._sorted_out(plan, rows, [live for _, live in speakers], picks)
 
-    def _speakers(self, piece: Slice) -> list[_Live]:
+    def _speakers(self, piece: Slice) -> list[Live]:
         """Who gets a token after this piece: its sequence, and at the end of a prompt all that follow it."""
         followers = piece.sequence.followers if piece.ends_prompt else []
         return [self._live[s.id] for s in (piece.sequence, *followers)] if piece.samples else []
 
-    def _sorted_out(
-        self, plan: list[Slice], rows: _Rows, speakers: list[_Live], picks: list[Pick | DeadEnd]
-    ) -> _Outcome:
-        outcome = _Outcome()
+    def _sorted_out(self, plan: list[Slice], rows: Rows, speakers: list[Live], picks: list[Pick | DeadEnd]) -> Outcome:
+        outcome = Outcome()
         for live, picked in zip(speakers, picks, strict=True):
             if isinstance(picked, DeadEnd):
                 outcome.broken.append((live, f"the answer cannot go on as its grammar wants: {picked}"))
@@ -507,7 +452,7 @@ class Engine:
                 outcome.done.append((piece, tokens.get(live.request.id, [])))
         return outcome
 
-    def _say_agreed(self, live: _Live, piece: Slice, chosen: list[int], outcome: _Outcome) -> list[int]:
+    def _say_agreed(self, live: Live, piece: Slice, chosen: list[int], outcome: Outcome) -> list[int]:
         assert live.drafter is not None
         said = agreed(piece.sequence.drafts[: piece.num_drafts], chosen, live.answer.stop_ids)
         live.drafter.learn(piece.num_drafts, len(said) - 1)
@@ -516,14 +461,14 @@ class Engine:
         outcome.said += [(live, Pick(token, ends=live.sampler.record(token))) for token in said]
         return said
 
-    def _fork(self, outcome: _Outcome) -> None:
+    def _fork(self, outcome: Outcome) -> None:
         """Let followers go on by themselves, while the pages of their leaders are still there."""
         forks = [(live.sequence, picked.token_id) for live, picked in outcome.said if live.sequence.leader is not None]
         copies = [self._scheduler.fork(follower, token) for follower, token in forks]
         if any(copies):
             self._pool.copy([pair for pair in copies if pair])
 
-    def _report(self, outcome: _Outcome) -> Iterator[tuple[str, Chunk]]:
+    def _report(self, outcome: Outcome) -> Iterator[tuple[str, Chunk]]:
         for live, picked in outcome.said:
             if live.request.id not in self._live:
                 continue  # it ended with an earlier token of this step
@@ -537,7 +482,7 @@ class Engine:
                 self._drop(live)
             yield live.request.id, chunk
 
-    def _fail(self, live: _Live, error: str) -> tuple[str, Chunk]:
+    def _fail(self, live: Live, error: str) -> tuple[str, Chunk]:
         # What this step wrote is on pages of its own, from num_computed on; shared pages lie before.
         broken = live.sequence.pages[live.sequence.num_computed // self._page_size :]
         self._pages.forget(broken)
@@ -546,7 +491,7 @@ class Engine:
         usage = Usage(live.sequence.num_prompt, live.sequence.num_tokens - live.sequence.num_prompt, live.num_cached)
         return live.request.id, Chunk(finish_reason="error", usage=usage, error=error)
 
-    def _drop(self, live: _Live) -> None:
+    def _drop(self, live: Live) -> None:
         del self._live[live.request.id]
         self._scheduler.drop(live.sequence)
         adapter = live.sequence.adapter
@@ -592,7 +537,7 @@ class Engine:
             root.update(array("q", prompt_ids).tobytes())
         return root.digest()
 
-    def _count(self, plan: list[Slice], outcome: _Outcome, started: float) -> None:
+    def _count(self, plan: list[Slice], outcome: Outcome, started: float) -> None:
         self.step_tokens = {piece.sequence.id: piece.num_tokens for piece in plan}
         seen = [*(self._live[piece.sequence.id] for piece in plan), *(live for live, _ in outcome.said)]
         fresh = {live.request.id: live for live in seen if not live.is_counted}.values()

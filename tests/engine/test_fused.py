@@ -38,7 +38,9 @@ from pingjia.models.chatglm import ChatGLMForCausalLM
 from pingjia.models.chatglm2 import ChatGLM2ForCausalLM
 from pingjia.models.chatglm_config import ChatGLM2Config, ChatGLMConfig
 from pingjia.quant import HalfLinear, kernels, quantize_model
+from pingjia.quant.convert import packable
 from pingjia.quant.formats import PackedLinear
+from pingjia.quant.group import GroupInt4Linear, GroupInt8Linear, pack_groups
 from pingjia.types import Completion, Message, Request, Sampling
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=f"no kernels: {kernels.why_not()}")
@@ -91,6 +93,27 @@ def make(name: str, seed: int = 0, bits: int | None = 8) -> PreTrainedModel:
     return quantize_model(model, bits) if bits else model
 
 
+def make_grouped(name: str, bits: int) -> PreTrainedModel:
+    """The same network with a scale per 32 columns, as `pingjia quantize` stores it."""
+    model = make(name, bits=None)
+    for path in packable(model):
+        linear = model.get_submodule(path)
+        values, scale = rounded_in_groups(linear.weight.detach(), bits)
+        kind = GroupInt8Linear if bits == 8 else GroupInt4Linear
+        grouped = kind(linear.in_features, linear.out_features, linear.bias is not None, group_size=32)
+        grouped.weight = nn.Parameter(values if bits == 8 else pack_groups(values), requires_grad=False)
+        grouped.weight_scale, grouped.bias = scale, linear.bias
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, grouped)
+    return model
+
+
+def rounded_in_groups(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    grouped = weight.unflatten(1, (-1, 32))
+    scale = (grouped.abs().amax(-1) / (2 ** (bits - 1) - 1)).half()
+    return (grouped / scale.float()[..., None]).round().flatten(1).to(torch.int8), scale
+
+
 # ---- references
 
 
@@ -116,7 +139,10 @@ class RoundedLinear(nn.Module):
 
 def rounded_copy(name: str, seed: int = 0, bits: int = 8) -> PreTrainedModel:
     """The same network for transformers' own forward: float products of rounded inputs."""
-    model = make(name, seed, bits)
+    return with_rounded_inputs(make(name, seed, bits))
+
+
+def with_rounded_inputs(model: PreTrainedModel) -> PreTrainedModel:
     for path, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
             parent, _, child = path.rpartition(".")
@@ -206,6 +232,15 @@ def test_every_family_equals_its_own_forward(name: str, bits: int) -> None:
     found = Bench(make(name, bits=bits)).token_by_token(ids)
     assert off_by(found, expected[-len(found) :]) < CLOSE
     assert len(found) > 15
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ["llama", "chatglm", "chatglm2"])
+def test_weights_in_groups_equal_the_forward_of_their_own_values(name: str, bits: int) -> None:
+    ids = prompt(name, 61)
+    expected = plain_logits(with_rounded_inputs(make_grouped(name, bits)), ids)
+    found = Bench(make_grouped(name, bits)).token_by_token(ids)
+    assert off_by(found, expected[-len(found) :]) < CLOSE
 
 
 @pytest.mark.parametrize("name", ["llama", "llama, odd head size", "chatglm", "chatglm2"])
