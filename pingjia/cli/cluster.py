@@ -70,7 +70,7 @@ def nginx(
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such directory; nginx's include files lie in /etc/nginx/conf.d")
     if scope == "main" and not Path(settings.run_dir).is_dir():
-        raise UserError(f"run_dir {settings.run_dir}: no such directory; nginx keeps its process id there, make it first")
+        raise UserError(f"run_dir {settings.run_dir}: no such directory; nginx keeps its process id there, so make it")
     _refuse_taken_port(out, listen)
     of = Commands.of(scope, out)
     commands = Commands(
