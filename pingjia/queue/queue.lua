@@ -130,7 +130,8 @@ local function finish(job, kind, tail, entry)
   if job.state == "waiting" then unwait(job) else let_go(job) end
   call("HSET", key("job", job.id), "state", "ended", "end", tail, "entry", "")
   call("HDEL", key("job", job.id), "body")
-  if entry == nil then append(job.id, string.format("%d-*", job.delivery), "end", tail) end
+  -- Behind everything a worker can have said, also where the entries before it have expired (a clock that jumped).
+  if entry == nil then append(job.id, string.format("%d-%.0f", job.delivery, 2 ^ 53 - 1), "end", tail) end
   call("PEXPIRE", key("job", job.id), job.keep)
   call("PEXPIRE", key("answer", job.id), job.keep)
   call("HINCRBY", key("ended"), kind, 1)

@@ -143,7 +143,7 @@ class TestTypes:
         kinds = [v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, Exception)]
         assert all(issubclass(kind, PingjiaError) for kind in kinds)
         ours = {kind.__name__ for kind in kinds if not issubclass(kind, UserError)}
-        assert ours == {"PingjiaError", "Overloaded", "EngineError"}
+        assert ours == {"PingjiaError", "Overloaded", "EngineError", "UpstreamFailed", "UpstreamBusy"}
         assert errors.PromptTooLong("x").code == "context_length_exceeded"
         assert errors.ModelNotFound("x").param == "model"
         assert errors.Overloaded("x", retry_after_s=1.5).retry_after_s == 1.5

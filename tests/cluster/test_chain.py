@@ -39,7 +39,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     lacking = missing("consul", "nginx")
     if lacking:
         pytest.skip(f"{', '.join(lacking)} not installed: sudo sh tests/install-debian-packages.sh")
-    made = bench.Chain(tmp_path_factory.mktemp("chain"), RATES, leave_s=2.0)
+    made = bench.Chain(tmp_path_factory.mktemp("chain"), RATES, leave_s=4.0)
     yield made
     made.close()
 
