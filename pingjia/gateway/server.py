@@ -43,6 +43,14 @@ _NO_HTTP_HEADERS = [
     ("content-length", str(len(_NO_HTTP))),
     ("connection", "close"),
 ]
+_CROWD = json.dumps(
+    Failure(503, "too many connections are open; try again in a second", "server_error", "overloaded").envelope()
+).encode()
+_CROWDED = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n"
+    + f"content-length: {len(_CROWD)}\r\n\r\n".encode()
+    + _CROWD
+)
 
 
 def preflight(settings: GatewaySettings) -> None:
@@ -89,7 +97,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=_protocol(settings.head_s),
+                http=_protocol(settings.head_s, settings.max_connections),
                 ws="none",
                 log_config=None,
                 access_log=False,
@@ -133,14 +141,21 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def _protocol(head_s: float) -> type[asyncio.Protocol]:
+def _protocol(head_s: float, max_connections: int) -> type[asyncio.Protocol]:
     class Protocol(H11Protocol):
-        """Closes a connection that takes longer than `head_s` for a request head: uvicorn would wait for ever."""
+        """Closes a connection that takes longer than `head_s` for a request head: uvicorn would wait for ever.
+
+        One connection more than `max_connections` is told so, without a look at what it asks.
+        """
 
         head_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            if len(self.connections) > max_connections:
+                self.transport.write(_CROWDED)
+                self.transport.close()
+                return
             self.head_timer = self.loop.call_later(head_s, self.close_late)
 
         def data_received(self, data: bytes) -> None:

@@ -94,6 +94,8 @@ class GatewaySettings(Section):
     """What answers in work get to finish after SIGTERM."""
     ping_s: float = Field(10.0, gt=0.0)
     """A stream that has nothing to say for this long sends a comment, so that proxies keep it open."""
+    max_connections: int = Field(2048, ge=1)
+    """Open connections; whoever comes then gets 503 at once."""
     head_s: float = Field(10.0, gt=0.0)
     """A client must send its request head within this."""
     body_s: float = Field(30.0, gt=0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 
 import openai
 import pytest
@@ -159,3 +160,24 @@ def test_not_ready_is_503_at_once(gateway):
     response = gateway.chat()
     assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
     assert gateway.backend.requests == []
+
+
+def test_one_connection_too_many_is_told_so(start) -> None:
+    gateway = start(max_connections=2)
+    idle = [socket.create_connection(("127.0.0.1", gateway.port), timeout=5) for _ in range(2)]
+    try:
+        for one in idle:  # both are there: they answer
+            one.sendall(b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert one.recv(1000).startswith(b"HTTP/1.1 200")
+        with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as late:
+            said = b"".join(iter(lambda: late.recv(1000), b""))
+        assert said.startswith(b"HTTP/1.1 503")
+        assert b"retry-after: 1" in said
+        assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == "overloaded"
+    finally:
+        for one in idle:
+            one.close()
+    until = time.monotonic() + 5
+    while (status := gateway.chat().status_code) != 200 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert status == 200  # there is room again
