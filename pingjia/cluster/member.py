@@ -229,7 +229,8 @@ class Member:
     def _definition(self, complaint: str | None) -> dict[str, Any]:
         weight = self._weight()
         more = {"name": self.settings.name, "instance": self.instance, "scheme": self.settings.scheme}
-        more |= {"obeyed": self._order.id, "complaint": self._complaint}
+        # What a check says reaches Consul's other readers only with a new state, or after minutes.
+        more |= {"obeyed": self._order.id, "complaint": self._complaint, "said": (complaint or "")[:200]}
         if self._order.drain:
             more["state"] = State.DRAINING.value
         # As it was when the weight was published: a rate in every beat would wake every watcher.

@@ -121,8 +121,13 @@ def _replica(entry: Mapping[str, Any]) -> Replica:
         adapters=tuple(_adapters(meta)),
         obeyed=meta.get("obeyed", ""),
         complaint=meta.get("complaint", ""),
-        said=" ".join(check.get("Output", "") for check in entry["Checks"] if check["Status"] != "passing").strip(),
+        said=_said(entry, meta),
     )
+
+
+def _said(entry: Mapping[str, Any], meta: Mapping[str, str]) -> str:
+    words = " ".join(check.get("Output", "") for check in entry["Checks"] if check["Status"] != "passing").strip()
+    return words or meta.get("said", "")
 
 
 def _state(entry: Mapping[str, Any], meta: Mapping[str, str]) -> State:

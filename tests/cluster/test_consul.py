@@ -97,7 +97,6 @@ def test_one_that_cannot_answer_is_not_passing(start, pool):
     start("a", service="five", fails=True)
     (replica,) = until(lambda: pool("five"), "a replica in the pool")
     assert replica.state is State.FAILED
-    # "answers 503", or at first "cannot be asked": Consul passes on new words of an unchanged state after minutes only.
     until(lambda: "/health/ready" in pool("five")[0].said, "why")
 
 

@@ -113,7 +113,8 @@ def test_written_down_once_and_told_on_every_beat(scene):
     scene.complaint = "stuck"
     scene.beat()
     assert scene.consul.checks[-1] == ("critical", "stuck")
-    assert scene.consul.num_registered == 1
+    assert scene.consul.num_registered == 2  # the words go with the service: those of a check come late
+    assert scene.consul.there["Meta"]["said"] == "stuck"
 
 
 def test_forgotten_means_written_down_again_at_once(scene):
