@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+from pingjia.cli.trial_server import trial_server
 
 if TYPE_CHECKING:
     from pingjia import Engine
@@ -121,7 +122,7 @@ def _cached(job: Job) -> dict[str, float]:
     """Every question asked twice over HTTP; the second time is measured, and must have come from the cache."""
     import httpx
 
-    with httpx.Client(base_url=_served(_engine(job)), timeout=600) as client:
+    with trial_server(_engine(job), queue_above_rps=1e9) as url, httpx.Client(base_url=url, timeout=600) as client:
         body = {"model": client.get("/v1/models").json()["data"][0]["id"], "max_tokens": job.num_tokens}
         for question in job.questions:
             _ask(client, question, body)
@@ -137,27 +138,6 @@ def _cached(job: Job) -> dict[str, float]:
         "answer_s": seconds,
         "tokens_per_s": job.num_tokens / seconds,
     }
-
-
-def _served(engine: Engine) -> str:
-    """The engine behind the gateway on a free port of this machine, until the process ends: its URL."""
-    from pingjia import gateway
-    from pingjia.worker import Worker
-
-    worker = Worker(engine)
-    worker.start()
-    settings = gateway.GatewaySettings(port=0, access_log=False, queue_above_rps=1e9, api_keys_env="PINGJIA_NO_KEYS")
-    app = gateway.create_app(worker, engine.tokenizer, settings)
-    ready, urls = threading.Event(), []
-
-    def up(url: str) -> None:
-        urls.append(url)
-        ready.set()
-
-    threading.Thread(target=gateway.serve, args=(app, settings), kwargs={"on_ready": up}, daemon=True).start()
-    if not ready.wait(60):
-        raise RuntimeError("the gateway did not start within 60 s")
-    return str(urls[0])
 
 
 def _ask(client: Any, question: str, body: dict[str, Any]) -> tuple[str, float]:

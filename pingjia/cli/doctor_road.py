@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 from pingjia.cli.console import duration, megabytes
 from pingjia.cli.schema import Recipe
+from pingjia.cli.trial_server import trial_server
 from pingjia.errors import DataError, EngineError, ModelError, StorageError, TrainingError
 
 _SHOWN = 160  # characters of the longest row that are shown
@@ -187,7 +187,7 @@ class Road:
         from pingjia.types import Message
 
         expected = len(self._tokenizer.render([Message("user", _QUESTION)]))
-        url = self._serve()
+        url = self._stack.enter_context(trial_server(self._engine()))
         body = {"messages": [{"role": "user", "content": _QUESTION}], "max_tokens": 8, "temperature": 0}
         response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=600)
         if response.status_code != 200:
@@ -212,28 +212,6 @@ class Road:
             return Engine(self._merged, **same)
         bits = recipe.model.quantization_bit
         return Engine(recipe.model.model_name_or_path, adapter=self._tuned, bits=bits, **same)
-
-    def _serve(self) -> str:
-        """The engine behind the gateway, on a free port of this machine, without keys: its URL."""
-        from pingjia import gateway
-        from pingjia.worker import Worker
-
-        engine = self._engine()
-        worker = Worker(engine)
-        worker.start()
-        self._stack.callback(worker.stop)
-        settings = gateway.GatewaySettings(port=0, access_log=False, api_keys_env="PINGJIA_NO_KEYS")
-        app = gateway.create_app(worker, engine.tokenizer, settings)
-        ready, urls = threading.Event(), []
-
-        def up(url: str) -> None:
-            urls.append(url)
-            ready.set()
-
-        threading.Thread(target=gateway.serve, args=(app, settings), kwargs={"on_ready": up}, daemon=True).start()
-        if not ready.wait(60):
-            raise EngineError("the gateway did not start within 60 s")
-        return str(urls[0])
 
     def _port(self) -> str:
         from pingjia import gateway

@@ -56,7 +56,9 @@ def evaluate(
         _print_json(comparison.to_dict()) if as_json else print_comparison(comparison, report_dir(loaded))
         return
     if against is not None:
-        _compare_sides((against, target), _questions(loaded), report_dir(loaded), as_json=as_json)
+        check_side(against)
+        # Beside the recipe's own comparison, which is before and after.
+        _compare_sides((against, target), _questions(loaded), report_dir(loaded) / "against", as_json=as_json)
         return
     assert endpoint is not None
     _print_report(_evaluate_endpoint(loaded, endpoint, model), as_json=as_json)

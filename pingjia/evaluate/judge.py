@@ -75,7 +75,7 @@ def judge_pairs(
     A reply that cannot be read is asked for up to MAX_ASKS times, each time with its own seed. Equal questions are
     asked once. Raises UserError when the judge cannot be reached.
     """
-    asked = [(*_shown(pair, order),) for pair in pairs for order in (0, 1)]
+    asked = [_shown(pair, order) for pair in pairs for order in (0, 1)]
     keys = [mark_key(judge.name, first, second) for first, second in asked]
     marks: dict[str, Marks] = {key: kept.get(key) for key in keys if kept is not None and key in kept}
     for _ in set(marks):

@@ -57,11 +57,8 @@ class JobRecord:
     @property
     def ask(self) -> Ask:
         """As much of what was asked as the answer's form needs."""
-        sampling, toolbox = (
-            Sampling(logprobs=self.logprobs),
-            Toolbox(names=tuple(self.tool_names), at_most=self.max_calls),
-        )
-        card = ModelCard(self.model, "")
+        sampling, card = Sampling(logprobs=self.logprobs), ModelCard(self.model, "")
+        toolbox = Toolbox(names=tuple(self.tool_names), at_most=self.max_calls)
         return Ask(self.ask_id, card, ("",) * self.num_prompts, sampling, self.n, toolbox=toolbox)
 
 

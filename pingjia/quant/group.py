@@ -11,6 +11,7 @@ Shapes: B rows of x, N output rows, M input columns, G columns of a group.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -156,8 +157,9 @@ class GroupLinear(PackedLinear):
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False)
 
+    @abstractmethod
     def _zeros(self, device: torch.device | str | None) -> torch.Tensor:
-        raise NotImplementedError
+        """A stored matrix of zeros."""
 
     @property
     def group_size(self) -> int:
